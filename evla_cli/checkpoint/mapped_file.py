@@ -1,0 +1,42 @@
+"""Tensors that are views of a memory-mapped file: nothing is read before it is used, nothing is copied."""
+
+import mmap
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evla_cli.checkpoint.tensors import LazyTensor
+from evla_cli.errors import EvlaError
+
+
+class MappedFile:
+    """One file, mapped privately (copy on write) on first use."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = path.stat().st_size
+        self._map: mmap.mmap | None = None
+
+    def tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, limit: int) -> LazyTensor:
+        """The row-major tensor at byte `offset`, which must end before byte `limit`."""
+        num_bytes = prod(shape) * dtype.itemsize
+        if offset < 0 or offset + num_bytes > min(limit, self.size):
+            raise EvlaError(
+                f"{self.path.name} is truncated or corrupt: {name} ({num_bytes} bytes) runs past the end of its data."
+            )
+        return LazyTensor(dtype, shape, partial(self._view, dtype, shape, offset))
+
+    def _view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+        count = prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                if file.seek(0, 2) != self.size:
+                    raise EvlaError(f"{self.path} changed while it was being read.")
+                # Private and writable rather than read-only: torch warns about buffers that it could not write to.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)

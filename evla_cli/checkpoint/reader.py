@@ -1,0 +1,82 @@
+"""All tensors of a checkpoint behind one view, whatever files they stand in. Nothing is read before it is used."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evla_cli.checkpoint.files import inside, read_json, sha256_files
+from evla_cli.checkpoint.safetensors_format import read_safetensors
+from evla_cli.checkpoint.tensors import LazyTensors
+from evla_cli.checkpoint.torch_format import read_torch
+from evla_cli.errors import EvlaError
+
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """The tensors of a checkpoint by weight name.
+
+    Attributes:
+        files: the weight files, sorted.
+        tensors: every tensor, unread.
+        others, paths: of a nested `.pt`, see `TorchFile`.
+    """
+
+    files: tuple[Path, ...]
+    tensors: LazyTensors
+    others: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weight files' content; a single file's is what `sha256sum` prints."""
+        return sha256_files(self.files)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+
+def open_torch_checkpoint(path: Path) -> CheckpointReader:
+    file = read_torch(path)
+    if not file.tensors:
+        raise EvlaError(f"{path} holds no tensors.")
+    return CheckpointReader((path,), file.tensors, file.others, file.paths)
+
+
+def open_huggingface_checkpoint(directory: Path) -> CheckpointReader:
+    """A directory in Hugging Face's layout: one file, or shards with an index; safetensors is preferred to .bin."""
+    for single, index in zip(_SINGLE_FILES, _INDEX_FILES, strict=True):
+        if (directory / index).is_file():
+            return _open_shards(directory, directory / index)
+        if (directory / single).is_file():
+            return CheckpointReader((directory / single,), _read_file(directory / single))
+    raise EvlaError(f"{directory} holds no weights: none of {', '.join((*_SINGLE_FILES, *_INDEX_FILES))}.")
+
+
+def _open_shards(directory: Path, index: Path) -> CheckpointReader:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise EvlaError(f"{index} has no weight_map.")
+    shards = {name: inside(directory, name, str(index)) for name in sorted(map(str, weight_map.values()))}
+    missing = [name for name, path in shards.items() if not path.is_file()]
+    if missing:
+        raise EvlaError(f"{directory} lacks {len(missing)} of {len(shards)} shards (first: {missing[0]}).")
+    found: LazyTensors = {}
+    where: dict[str, str] = {}
+    for shard, path in shards.items():
+        for name, lazy in _read_file(path).items():
+            if name in found:
+                raise EvlaError(f"{name} stands in two shards: {where[name]} and {shard}.")
+            found[name], where[name] = lazy, shard
+    absent = [name for name, shard in weight_map.items() if where.get(name) != shard]
+    if absent:
+        raise EvlaError(f"{index} names {len(absent)} tensors that their shard does not hold (first: {absent[0]}).")
+    return CheckpointReader(tuple(shards.values()), found)
+
+
+def _read_file(path: Path) -> LazyTensors:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path).tensors

@@ -1,0 +1,290 @@
+"""The `.pt` format of `torch.save`: a zip archive of one pickle and one uncompressed record a storage.
+
+The pickle is read by an unpickler that knows tensors, containers and plain values and nothing else: no code from the
+file can run. Files are written record by record, so that no more than one tensor is held at a time; torch.load reads
+them, with `weights_only=True` and with `mmap=True`.
+"""
+
+import io
+import os
+import pickle
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evla_cli.checkpoint.mapped_file import MappedFile
+from evla_cli.checkpoint.safetensors_format import tensor_bytes
+from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite
+from evla_cli.errors import EvlaError
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGE_DTYPES.items()}
+_MAX_PICKLE_BYTES = 256_000_000
+_ALIGNMENT = 64  # torch.save aligns every record so that a mapped storage can be used in place
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """What a `.pt` holds.
+
+    Attributes:
+        tensors: by name; the keys of nested dicts are joined by dots.
+        others: values that are no tensors, by name.
+        paths: the keys of the nested dicts for every name of both.
+    """
+
+    tensors: LazyTensors
+    others: dict[str, Any]
+    paths: dict[str, tuple[str, ...]]
+
+
+def read_torch(path: Path) -> TorchFile:
+    """Open a `.pt` file. Errors: not a zip archive, foreign pickle globals, storages that lie about their size."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise EvlaError(
+            f"{path} is not a checkpoint that can be read: {error}. It may be truncated, or saved by torch before "
+            "1.6; in that case load it with torch and save it again."
+        ) from error
+    with archive:
+        root, records = _records(path, archive)
+        tree = _read_pickle(path, archive, root, MappedFile(path), records)
+    tensors: LazyTensors = {}
+    others: dict[str, Any] = {}
+    paths: dict[str, tuple[str, ...]] = {}
+    for keys, leaf in _leaves(tree):
+        name = ".".join(keys)
+        if name in paths:
+            raise EvlaError(f"{path}: two entries have the name {name}.")
+        paths[name] = keys
+        if isinstance(leaf, LazyTensor):
+            tensors[name] = leaf
+        else:
+            others[name] = leaf
+    return TorchFile(tensors, others, paths)
+
+
+def write_torch(
+    path: Path,
+    tensors: LazyTensors,
+    paths: dict[str, tuple[str, ...]],
+    others: dict[str, Any] | None = None,
+    on_bytes: Callable[[int], Any] | None = None,
+) -> None:
+    """Write nested dicts of tensors as `torch.save` would, one tensor at a time; the bytes depend on the input alone."""
+    tree: dict[str, Any] = {}
+    keys: dict[str, int] = {}
+    for number, (name, lazy) in enumerate(tensors.items()):
+        if lazy.dtype not in _STORAGE_NAMES:
+            raise EvlaError(f"{name} has dtype {lazy.dtype}, which a .pt file cannot hold here.")
+        keys[name] = number
+        _insert(tree, paths[name], _TensorRecord(lazy, str(number)))
+    for name, value in (others or {}).items():
+        _insert(tree, paths[name], value)
+    root = path.stem
+    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _write_record(archive, f"{root}/data.pkl", memoryview(_pickle(tree)))
+        _write_record(archive, f"{root}/.format_version", memoryview(b"1"))
+        _write_record(archive, f"{root}/.storage_alignment", memoryview(str(_ALIGNMENT).encode()))
+        _write_record(archive, f"{root}/byteorder", memoryview(b"little"))
+        for name, lazy in tensors.items():
+            _write_record(archive, f"{root}/data/{keys[name]}", tensor_bytes(load_finite(name, lazy)))
+            if on_bytes:
+                on_bytes(lazy.num_bytes)
+        _write_record(archive, f"{root}/version", memoryview(b"3\n"))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+# Reading
+
+
+def _records(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The archive's root folder, and for every record its first byte in the file and its size."""
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise EvlaError(f"{path} is a zip archive, but not one that torch.save wrote (no data.pkl).")
+    records = {}
+    with open(path, "rb") as file:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise EvlaError(f"{path}: record {info.filename} is compressed; torch.save never does that.")
+            file.seek(info.header_offset)
+            header = file.read(30)  # the local header repeats name and extra field, with lengths of its own
+            if len(header) != 30 or header[:4] != b"PK\x03\x04":
+                raise EvlaError(f"{path} is truncated or corrupt: no record at byte {info.header_offset}.")
+            start = info.header_offset + 30 + int.from_bytes(header[26:28], "little")
+            records[info.filename] = (start + int.from_bytes(header[28:30], "little"), info.file_size)
+    root = pickles[0].removesuffix("/data.pkl")
+    if f"{root}/byteorder" in records and archive.read(f"{root}/byteorder") != b"little":
+        raise EvlaError(f"{path} was written on a big-endian machine, which is not supported.")
+    return root, records
+
+
+def _read_pickle(
+    path: Path, archive: zipfile.ZipFile, root: str, file: MappedFile, records: dict[str, tuple[int, int]]
+) -> Any:
+    if records[f"{root}/data.pkl"][1] > _MAX_PICKLE_BYTES:
+        raise EvlaError(f"{path}: data.pkl is larger than {_MAX_PICKLE_BYTES} bytes; this is no plain checkpoint.")
+    try:
+        stream = io.BytesIO(archive.read(f"{root}/data.pkl"))
+        return _TensorUnpickler(stream, file, root, records).load()
+    except EvlaError:
+        raise
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+        raise EvlaError(f"{path} is corrupt: {error}.") from error
+    except Exception as error:  # a damaged pickle can fail in any way inside the unpickler
+        raise EvlaError(f"{path} is corrupt: its pickle cannot be read ({type(error).__name__}: {error}).") from error
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    offset: int
+    num_elements: int
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows what `torch.save` writes for tensors in containers; any other global is an error."""
+
+    def __init__(self, stream: io.BytesIO, file: MappedFile, root: str, records: dict[str, tuple[int, int]]):
+        super().__init__(stream, encoding="utf-8")
+        self._file, self._root, self._records = file, root, records
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        known: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+            ("torch._tensor", "_rebuild_from_type_v2"): lambda function, _type, arguments, _state: function(*arguments),
+            ("torch", "Tensor"): LazyTensor,
+            ("torch.nn.parameter", "Parameter"): LazyTensor,
+        }
+        if (module, name) in known:
+            return known[(module, name)]
+        raise EvlaError(
+            f"{self._file.path} holds the Python object {module}.{name}, which is not part of a plain checkpoint. "
+            "It was not executed."
+        )
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        try:
+            kind, dtype, key, _device, num_elements = pid
+            start, size = self._records[f"{self._root}/data/{key}"]
+            valid = kind == "storage" and isinstance(dtype, torch.dtype) and type(num_elements) is int
+        except (TypeError, ValueError, KeyError):
+            valid = False
+        if not valid or num_elements < 0 or num_elements * dtype.itemsize > size:
+            raise EvlaError(f"{self._file.path} is truncated or corrupt: a storage is missing or too short ({pid}).")
+        return _Storage(dtype, start, num_elements)
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> LazyTensor:
+        shape, stride = tuple(shape), tuple(stride)
+        numbers = [offset, *shape, *stride]
+        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise EvlaError(f"{self._file.path} is corrupt: a tensor has no valid storage, shape or stride.")
+        if len(shape) != len(stride):
+            raise EvlaError(f"{self._file.path} is corrupt: shape {shape} with stride {stride}.")
+        dtype, limit = storage.dtype, storage.offset + storage.num_elements * storage.dtype.itemsize
+        start = storage.offset + offset * dtype.itemsize
+        if 0 in shape or stride == _row_major(shape):
+            return self._file.tensor("a tensor", dtype, shape, start, limit)
+        # A transposed or strided view: map the span that it covers.
+        span = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+        base = self._file.tensor("a tensor", dtype, (span,), start, limit)
+        return LazyTensor(dtype, shape, lambda: base.load().as_strided(shape, stride).contiguous())
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride, strides = 1, []
+    for length in reversed(shape):
+        strides.append(stride)
+        stride *= length
+    return tuple(reversed(strides))
+
+
+def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, dict):
+        if len(keys) > 16:
+            raise EvlaError("The checkpoint's dicts are nested more than 16 deep.")
+        for key, value in tree.items():
+            yield from _leaves(value, (*keys, str(key)))
+    else:
+        yield keys, tree
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class _TensorRecord:
+    lazy: LazyTensor
+    key: str
+
+
+@dataclass(frozen=True)
+class _StorageRecord:
+    lazy: LazyTensor
+    key: str
+
+
+class _TensorPickler(pickle.Pickler):
+    """Pickles a `_TensorRecord` as torch.save pickles a tensor whose bytes stand in record `data/<key>`."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _TensorRecord):
+            shape = obj.lazy.shape
+            storage = _StorageRecord(obj.lazy, obj.key)
+            arguments = (storage, 0, shape, _row_major(shape), False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, arguments
+        return NotImplemented
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _StorageRecord):
+            storage_class = getattr(torch, _STORAGE_NAMES[obj.lazy.dtype])
+            return ("storage", storage_class, obj.key, "cpu", obj.lazy.num_elements)
+        return None
+
+
+def _pickle(tree: Any) -> bytes:
+    buffer = io.BytesIO()
+    _TensorPickler(buffer, protocol=2).dump(tree)
+    return buffer.getvalue()
+
+
+def _insert(tree: dict[str, Any], keys: tuple[str, ...], leaf: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, OrderedDict())
+    tree[keys[-1]] = leaf
+
+
+def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # fixed: the same input gives the same bytes
+    assert archive.fp is not None
+    # A 20-byte zip64 field is always written, so that the padding before the data is known: local header, name,
+    # zip64 field, and a padding field ("FB", as torch writes it) of four bytes and more.
+    used = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
+    padding = -used % _ALIGNMENT
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(info, "w", force_zip64=True) as record:
+        record.write(data)

@@ -1,0 +1,57 @@
+"""Write named tensors in Hugging Face's layout: shards of bounded size and an index, one tensor in memory at a time."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evla_cli.checkpoint.files import write_json
+from evla_cli.checkpoint.safetensors_format import write_safetensors
+from evla_cli.checkpoint.tensors import LazyTensors, total_bytes
+from evla_cli.errors import EvlaError
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def write_huggingface_weights(
+    directory: Path,
+    tensors: LazyTensors,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    on_bytes: Callable[[int], Any] | None = None,
+) -> None:
+    """`model.safetensors`, or `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`."""
+    metadata = {"format": "pt"}
+    shards = split_into_shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", tensors, metadata, on_bytes)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / name, shard, metadata, on_bytes)
+        weight_map.update(dict.fromkeys(shard, name))
+    index = {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)
+
+
+def split_into_shards(tensors: LazyTensors, max_shard_bytes: int) -> list[LazyTensors]:
+    """Consecutive tensors, together at most `max_shard_bytes` (a larger single tensor gets a shard of its own)."""
+    shards: list[LazyTensors] = [{}]
+    size = 0
+    for name, lazy in tensors.items():
+        if shards[-1] and size + lazy.num_bytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = lazy
+        size += lazy.num_bytes
+    return shards
+
+
+def parse_size(text: str) -> int:
+    """`"500MB"`, `"2GiB"` or a number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size <= 0:
+        raise EvlaError(f"'{text}' is not a size such as 500MB, 2GiB or a number of bytes.")
+    return size
