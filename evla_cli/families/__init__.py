@@ -1,0 +1,28 @@
+"""The kinds of VLA that evla knows, and which one a path holds."""
+
+from importlib import import_module
+from pathlib import Path
+
+from evla_cli.errors import EvlaError
+from evla_cli.families.base import Checkpoint
+
+# Asked in this order; each module's `open_checkpoint(path)` returns None for what is not its own.
+FAMILIES = {
+    "cogact": "evla_cli.families.cogact",
+    "decoder": "evla_cli.families.decoder",
+}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint at `path`: a directory, or CogACT's `<RUN>/checkpoints/<name>.pt`."""
+    if not path.exists():
+        raise EvlaError(f"{path} does not exist.")
+    for module in FAMILIES.values():
+        checkpoint = import_module(module).open_checkpoint(path)
+        if checkpoint is not None:
+            return checkpoint
+    raise EvlaError(
+        f"{path} is not a checkpoint that evla knows. Expected a CogACT run (config.json, dataset_statistics.json, "
+        "checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory (config.json with a "
+        "known model_type, safetensors)."
+    )

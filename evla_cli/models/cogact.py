@@ -35,8 +35,7 @@ class CogACTConfig(PreTrainedConfig):
     """Nested configs of the four parts, and what un-normalises the actions.
 
     Attributes:
-        prompt_suffix_ids: the two token ids appended to every prompt; the last one marks the cognition token.
-            29871 and 2 are the empty token and EOS of the Llama-2 tokenizer.
+        projector_hidden_size: None is four times the joined vision width, as published.
         norm_stats: `{dataset: {"action": {"q01": [A], "q99": [A], "mask": [A]}}}`, in the units of the robot.
     """
 
@@ -53,16 +52,13 @@ class CogACTConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     action_config: dict | PreTrainedConfig | None = None
     norm_stats: dict[str, Any] | None = None
-    prompt_suffix_ids: list[int] | None = None
-    projector_hidden_size: int | None = None  # None: four times the joined vision width, as published
+    projector_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig):
                 setattr(self, name, config_class(**{k: v for k, v in (value or {}).items() if k != "model_type"}))
-        if self.prompt_suffix_ids is None:
-            self.prompt_suffix_ids = [29871, 2]
         if self.projector_hidden_size is None:
             self.projector_hidden_size = 4 * (self.dino_config.hidden_size + self.siglip_config.hidden_size)
         super().__post_init__(**kwargs)

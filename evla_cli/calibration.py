@@ -1,0 +1,132 @@
+"""Calibration samples as a stream: camera images with instructions, or texts.
+
+A folder with `samples.jsonl`, one `{"image": "frames/0001.png", "instruction": "open the drawer"}` a line and the image
+files beside it; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evla_cli.checkpoint.files import inside, read_text
+from evla_cli.errors import EvlaError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_MAX_PIXELS = 50_000_000  # a camera frame has a few million; more is a decompression bomb
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One forward pass's input. `image` is loaded when it is asked for."""
+
+    where: str  # file and line, for errors
+    text: str = ""
+    instruction: str = ""
+    image_path: Path | None = None
+
+    @property
+    def image(self) -> "Image":
+        assert self.image_path is not None
+        return decode_image(_read_image_file(self.image_path, self.where), f"{self.where}: {self.image_path}")
+
+    def content_sha256(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.text, self.instruction], ensure_ascii=False).encode())
+        if self.image_path is not None:
+            digest.update(hashlib.sha256(_read_image_file(self.image_path, self.where)).digest())
+        return digest.hexdigest()
+
+
+def load_samples(data: Path, kind: str, num_samples: int | None = None) -> list[Sample]:
+    """The first `num_samples` samples (all if None) of `kind` "image" or "text".
+
+    Errors: nothing there, an empty set, a line that is no JSON or lacks a field (with its number), a missing image.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise EvlaError(f"--num-samples must be at least 1, got {num_samples}.")
+    if not data.exists():
+        raise EvlaError(f"{data} does not exist.")
+    file = data / "samples.jsonl" if data.is_dir() else data
+    if not file.is_file():
+        raise EvlaError(f"{data} has no samples.jsonl.")
+    stream = _image_samples(file) if kind == "image" else _text_samples(file)
+    samples = []
+    for sample in stream:
+        samples.append(sample)
+        if len(samples) == num_samples:
+            break
+    if not samples:
+        raise EvlaError(f"{file} holds no samples.")
+    if num_samples is not None and len(samples) < num_samples:
+        raise EvlaError(f"{file} holds {len(samples)} samples, --num-samples asks for {num_samples}.")
+    return samples
+
+
+def samples_sha256(samples: list[Sample]) -> str:
+    """Of the content of the samples that are used, in order: pixels as stored, instructions, texts."""
+    return hashlib.sha256("".join(sample.content_sha256() for sample in samples).encode()).hexdigest()
+
+
+def decode_image(data: bytes, where: str) -> "Image":
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise EvlaError(f"{where} has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}.")
+            return image.convert("RGB")
+    except EvlaError:
+        raise
+    except Exception as error:  # PIL raises many kinds for damaged files
+        raise EvlaError(f"{where} is not an image that can be read ({type(error).__name__}: {error}).") from error
+
+
+def _image_samples(file: Path) -> Iterator[Sample]:
+    for where, record in _json_lines(file):
+        path = inside(file.parent, _field(record, "image", where), where)
+        if not path.is_file():
+            raise EvlaError(f"{where}: image {path} does not exist.")
+        yield Sample(where, instruction=_field(record, "instruction", where), image_path=path)
+
+
+def _text_samples(file: Path) -> Iterator[Sample]:
+    if file.suffix == ".jsonl":
+        for where, record in _json_lines(file):
+            yield Sample(where, text=_field(record, "text", where))
+    else:
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
+            if line.strip():
+                yield Sample(f"{file}:{number}", text=line)
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise EvlaError(f"{where} is not valid JSON: {error}.") from error
+        if not isinstance(record, dict):
+            raise EvlaError(f"{where} must hold a JSON object.")
+        yield where, record
+
+
+def _field(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise EvlaError(f"{where}: missing field '{key}' (a text that is not empty).")
+    return value
+
+
+def _read_image_file(path: Path, where: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EvlaError(f"{where}: cannot read {path}: {error.strerror}.") from error

@@ -1,0 +1,136 @@
+"""What the tool must know about a kind of VLA. Everything else is free of family names.
+
+How to add a family
+1. Write `families/<name>.py` with an `open_checkpoint(path)` that returns a `Checkpoint` for a directory of that
+   family and None for any other. For files in Hugging Face's layout, `open_huggingface` below does most of it.
+2. Fill a `ModelFamily`: where the decoder stands (one string is both the module path and the weight-name prefix), how
+   the model is built from its config, and how one calibration sample becomes decoder input.
+3. Add one line to `FAMILIES` in `families/__init__.py`, and a class with a pico checkpoint to `tests/test_families.py`:
+   it inherits the tests that every family must pass.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evla_cli.checkpoint.reader import CheckpointReader
+from evla_cli.checkpoint.tensors import LazyTensors
+from evla_cli.errors import EvlaError
+from evla_cli.plan import PrunePlan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from evla_cli.calibration import Sample
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """
+    Attributes:
+        name: as in `evla inspect`.
+        decoder: module path of the decoder (the module that owns `layers` and `norm`) and prefix of its weight names.
+        config_path: where the decoder's config stands in the model's config: `("text_config",)`, or `()` for itself.
+        parts: part of the model -> prefix of its weight names, for reports.
+        build_config: the config object from its JSON form.
+        build_model: the model from its config; called where parameters are made on the meta device.
+        embed: model, samples, tokenizer directory -> runs everything before the decoder and then the decoder's own
+            forward, whose layers the caller has replaced by recorders.
+        sample_kind: "image" (image and instruction) or "text".
+        has_action_head: whether `evla export` can make a bundle that acts.
+    """
+
+    name: str
+    decoder: str
+    config_path: tuple[str, ...]
+    parts: Mapping[str, str]
+    build_config: "Callable[[dict[str, Any]], PretrainedConfig]"
+    build_model: "Callable[[PretrainedConfig], PreTrainedModel]"
+    embed: "Callable[[PreTrainedModel, list[Sample], Path], torch.Tensor | None]"
+    sample_kind: str
+    has_action_head: bool = False
+
+    @property
+    def decoder_layers(self) -> str:
+        return f"{self.decoder}.layers"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its own files behind `reader`, and the same weights under the model's names.
+
+    Attributes:
+        root: the directory that was opened.
+        layout: how it stands on disk: "native", "huggingface" or "bundle".
+        config: JSON form of the model's config.
+        weights: under the names of the model that `family.build_model` makes.
+        layer_prefix: of the decoder layers in the names of `reader.tensors`.
+        tokenizer_dir: where tokenizer.json stands, if anywhere.
+        write_pruned: writes weights (under the reader's names) and config to a directory, in this layout.
+    """
+
+    root: Path
+    family: ModelFamily
+    layout: str
+    reader: CheckpointReader
+    config: dict[str, Any]
+    weights: LazyTensors
+    layer_prefix: str
+    tokenizer_dir: Path | None
+    write_pruned: "Callable[[Checkpoint, Path, LazyTensors, PrunePlan, Callable[[int], Any] | None], None]" = field(
+        repr=False
+    )
+
+    @property
+    def decoder_config(self) -> dict[str, Any]:
+        config = self.config
+        for key in self.family.config_path:
+            config = config[key]
+        return config
+
+    @property
+    def num_layers(self) -> int:
+        return self.decoder_config["num_hidden_layers"]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.decoder_config["intermediate_size"]
+
+
+# Per-layer lists in the configs of decoders; a config with a list of the wrong length does not load.
+_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+
+def prune_config(config: dict[str, Any], path: tuple[str, ...], plan: PrunePlan) -> dict[str, Any]:
+    """The config of the pruned model: number of layers, MLP width, and every list that has one entry a layer."""
+    config = copy.deepcopy(config)
+    decoder = config
+    for key in path:
+        decoder = decoder[key]
+    decoder["num_hidden_layers"] = len(plan.keep_layers)
+    decoder["intermediate_size"] = plan.kept_intermediate_size
+    for name in _LAYER_LISTS:
+        values = decoder.get(name)
+        if isinstance(values, list) and len(values) == plan.num_layers:
+            decoder[name] = [values[layer] for layer in plan.keep_layers]
+    return config
+
+
+def check_weights(expected: Mapping[str, tuple[int, ...]], weights: LazyTensors, where: Path) -> None:
+    """Every expected name with its shape, and no other."""
+    missing = [name for name in expected if name not in weights]
+    if missing:
+        raise EvlaError(f"{where} lacks {len(missing)} weights (first: {missing[0]}).")
+    unknown = [name for name in weights if name not in expected]
+    if unknown:
+        raise EvlaError(f"{where} holds {len(unknown)} weights that the model does not have (first: {unknown[0]}).")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise EvlaError(f"{where}: {name} has shape {list(weights[name].shape)}, the model needs {list(shape)}.")
+
+
+def find_tokenizer(*directories: Path) -> Path | None:
+    return next((directory for directory in directories if (directory / "tokenizer.json").is_file()), None)

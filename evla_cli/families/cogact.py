@@ -1,0 +1,471 @@
+"""CogACT: its native run directories (`config.json`, `dataset_statistics.json`, `checkpoints/*.pt`) and our bundles.
+
+A native file nests `{"model": {part: {name: tensor}}}` and names the towers as timm does. `NativeNames` maps it to and
+from the names of `CogACTForActionPrediction`, tensor by tensor and without loss. Sizes are read off the tensors. What
+tensors cannot tell is the number of attention heads: known for the published sizes, else read from `llm_config/config.json`
+(language model) and from `config.json` (`{"evla": {"num_attention_heads": {"dino": 3, "siglip": 3, "action_model": 4}}}`).
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evla_cli.checkpoint.files import copy_file, read_json, write_json, write_text
+from evla_cli.checkpoint.reader import CheckpointReader, open_torch_checkpoint
+from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
+from evla_cli.checkpoint.torch_format import write_torch
+from evla_cli.errors import EvlaError
+from evla_cli.families.base import Checkpoint, ModelFamily, find_tokenizer, prune_config
+from evla_cli.families.huggingface import copy_other_files, open_huggingface
+from evla_cli.plan import PrunePlan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from evla_cli.calibration import Sample
+
+_PARTS = {  # the model's prefix -> the native file's
+    "dino": "model.vision_backbone.dino_featurizer",
+    "siglip": "model.vision_backbone.siglip_featurizer",
+    "projector": "model.projector",
+    "language_model": "model.llm_backbone.llm",
+    "action_head": "model.action_model.net",
+}
+# Native weights that no run of the model uses: exponential averages kept by training, and buffers of old versions.
+_UNUSED = re.compile(r"model\.ema_diffusion\..*|.*\.rotary_emb\.inv_freq")
+
+# width -> heads, of the published models
+_DINO_HEADS = {1024: 16}
+_SIGLIP_HEADS = {1152: 16}
+_ACTION_HEADS = {384: 4, 768: 12, 1024: 16}
+# meta-llama/Llama-2-7b-hf, from where CogACT's own code takes its config
+_LLAMA_2_7B = {"num_attention_heads": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096}
+
+
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    if path.is_file() and path.suffix == ".pt":
+        if path.parent.name != "checkpoints":
+            raise EvlaError(f"{path}: CogACT's layout is <RUN>/checkpoints/<name>.pt with <RUN>/config.json beside it.")
+        return _open_native(path.parent.parent, path)
+    if (path / "checkpoints").is_dir():
+        files = sorted((path / "checkpoints").glob("*.pt"))
+        if len(files) != 1:
+            raise EvlaError(f"{path / 'checkpoints'} holds {len(files)} .pt files; name the one to use.")
+        return _open_native(path, files[0])
+    if (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "cogact":
+        return open_huggingface(path, COGACT, read_json(path / "config.json"))
+    return None
+
+
+def _open_native(run: Path, file: Path) -> Checkpoint:
+    for name in ("config.json", "dataset_statistics.json"):
+        if not (run / name).is_file():
+            raise EvlaError(f"{run} lacks {name}, which every CogACT run has; copy it from where the model was trained.")
+    run_config = read_json(run / "config.json")
+    if "vla" not in run_config:
+        raise EvlaError(f"{run / 'config.json'} has no 'vla' entry: not the config of a CogACT run.")
+    reader = open_torch_checkpoint(file)
+    config = infer_config(run, reader.tensors, run_config, read_json(run / "dataset_statistics.json"))
+    return Checkpoint(
+        root=run,
+        family=COGACT,
+        layout="native",
+        reader=reader,
+        config=config,
+        weights=NativeNames(config).to_model(reader.tensors, file),
+        layer_prefix=f"{_PARTS['language_model']}.model.layers",
+        tokenizer_dir=find_tokenizer(run, run / "llm_config"),
+        write_pruned=_write_native,
+    )
+
+
+# Names
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Some tensors of the model are some of the native file, joined or cut along dimension 0, or reshaped."""
+
+    model: tuple[str, ...]
+    native: tuple[str, ...]
+    kind: str = "same"
+
+
+class NativeNames:
+    """The two sets of names of one CogACT, and how a tensor of one is made from those of the other."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+        self.rules = list(_rules(config))
+
+    def to_model(self, native: LazyTensors, where: Path) -> LazyTensors:
+        """Native -> model names. Errors: a missing or an unknown weight."""
+        weights: LazyTensors = {}
+        used: set[str] = set()
+        missing = [name for rule in self.rules for name in rule.native if name not in native]
+        if missing:
+            raise EvlaError(f"{where} lacks {len(missing)} weights (first: {missing[0]}).")
+        for rule in self.rules:
+            used.update(rule.native)
+            weights.update(zip(rule.model, _to_model(rule, [native[name] for name in rule.native]), strict=True))
+        unknown = [name for name in native if name not in used and not _UNUSED.fullmatch(name)]
+        if unknown:
+            raise EvlaError(f"{where} holds {len(unknown)} weights that CogACT does not have (first: {unknown[0]}).")
+        return weights
+
+    def to_native(self, weights: LazyTensors) -> LazyTensors:
+        """Model -> native names, grouped by part as CogACT's own files are."""
+        native: LazyTensors = {}
+        for rule in self.rules:
+            missing = [name for name in rule.model if name not in weights]
+            if missing:
+                raise EvlaError(f"The model lacks the weight {missing[0]}.")
+            native.update(zip(rule.native, _to_native(rule, [weights[name] for name in rule.model]), strict=True))
+        return native
+
+
+def native_paths(names: LazyTensors) -> dict[str, tuple[str, ...]]:
+    """Where each name stands in the nested dicts: `model.projector.projector.0.weight` -> (model, projector, ...)."""
+    return {name: tuple(name.split(".", 2)) for name in names}
+
+
+def _rules(config: dict[str, Any]) -> Iterator[_Rule]:
+    def same(part: str, pairs: dict[str, str], kinds: tuple[str, ...] = ("weight", "bias")) -> Iterator[_Rule]:
+        for ours, theirs in pairs.items():
+            for kind in kinds:
+                yield _Rule((f"{part}.{ours}.{kind}",), (f"{_PARTS[part]}.{theirs}.{kind}",))
+
+    def split(part: str, ours: tuple[str, ...], theirs: str) -> Iterator[_Rule]:
+        for kind in ("weight", "bias"):
+            names = tuple(f"{part}.{name}.{kind}" for name in ours)
+            yield _Rule(names, (f"{_PARTS[part]}.{theirs}.{kind}",), "split")
+
+    def bare(part: str, ours: str, theirs: str, kind: str = "same") -> _Rule:
+        return _Rule((f"{part}.{ours}",), (f"{_PARTS[part]}.{theirs}",), kind)
+
+    yield from same("projector", {f"projector.{i}": f"projector.{i}" for i in (0, 2, 4)})
+
+    text = config["text_config"]
+    yield from same("language_model", {"model.embed_tokens": "model.embed_tokens"}, ("weight",))
+    for i in range(text["num_hidden_layers"]):
+        names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+        names += ["input_layernorm", "post_attention_layernorm"]
+        layer = f"model.layers.{i}"
+        yield from same("language_model", {f"{layer}.{name}": f"{layer}.{name}" for name in names}, ("weight",))
+    yield from same("language_model", {"model.norm": "model.norm", "lm_head": "lm_head"}, ("weight",))
+
+    yield bare("dino", "embeddings.cls_token", "cls_token")
+    yield bare("dino", "embeddings.register_tokens", "reg_token")
+    # timm gives the class token no position and has no mask token; Hugging Face's model has both: zeros that no run
+    # of the model can tell apart from their absence.
+    yield _Rule(
+        ("dino.embeddings.position_embeddings", "dino.embeddings.mask_token"),
+        (f"{_PARTS['dino']}.pos_embed",),
+        "dino positions",
+    )
+    yield from same("dino", {"embeddings.patch_embeddings.projection": "patch_embed.proj"})
+    for i in range(config["dino_config"]["num_hidden_layers"]):
+        ours, theirs = f"encoder.layer.{i}", f"blocks.{i}"
+        yield from split("dino", tuple(f"{ours}.attention.{name}_proj" for name in "qkv"), f"{theirs}.attn.qkv")
+        yield from same("dino", {f"{ours}.attention.o_proj": f"{theirs}.attn.proj"})
+        yield from same("dino", {f"{ours}.{name}": f"{theirs}.{name}" for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")})
+        yield bare("dino", f"{ours}.layer_scale1.lambda1", f"{theirs}.ls1.gamma")
+        yield bare("dino", f"{ours}.layer_scale2.lambda1", f"{theirs}.ls2.gamma")
+    yield from same("dino", {"layernorm": "norm"})
+
+    yield bare("siglip", "embeddings.position_embedding.weight", "pos_embed", "siglip positions")
+    yield from same("siglip", {"embeddings.patch_embedding": "patch_embed.proj"})
+    for i in range(config["siglip_config"]["num_hidden_layers"]):
+        ours, theirs = f"encoder.layers.{i}", f"blocks.{i}"
+        yield from split("siglip", tuple(f"{ours}.self_attn.{name}_proj" for name in "qkv"), f"{theirs}.attn.qkv")
+        pairs = {"self_attn.out_proj": "attn.proj", "layer_norm1": "norm1", "layer_norm2": "norm2"}
+        pairs |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+        yield from same("siglip", {f"{ours}.{a}": f"{theirs}.{b}" for a, b in pairs.items()})
+    yield from same("siglip", {"post_layernorm": "norm"})
+    if config["siglip_config"]["vision_use_head"]:
+        yield bare("siglip", "head.probe", "attn_pool.latent")
+        for kind in ("weight", "bias"):
+            query, key_value = (f"{_PARTS['siglip']}.attn_pool.{name}.{kind}" for name in ("q", "kv"))
+            yield _Rule((f"siglip.head.attention.in_proj_{kind}",), (query, key_value), "join")
+        pairs = {"head.attention.out_proj": "attn_pool.proj", "head.layernorm": "attn_pool.norm"}
+        pairs |= {"head.mlp.fc1": "attn_pool.mlp.fc1", "head.mlp.fc2": "attn_pool.mlp.fc2"}
+        yield from same("siglip", pairs)
+
+    yield bare("action_head", "positional_embedding", "positional_embedding")
+    yield bare("action_head", "z_embedder.uncondition", "z_embedder.uncondition")
+    names = ["history_embedder.linear", "x_embedder.linear", "t_embedder.mlp.0", "t_embedder.mlp.2"]
+    names += ["z_embedder.linear", "final_layer.linear"]
+    for i in range(config["action_config"]["num_hidden_layers"]):
+        names += [f"blocks.{i}.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    yield from same("action_head", {name: name for name in names})
+
+
+def _to_model(rule: _Rule, native: list[LazyTensor]) -> list[LazyTensor]:
+    first = native[0]
+    if rule.kind == "split":
+        return _split(first, len(rule.model))
+    if rule.kind == "join":
+        return [_join(native)]
+    if rule.kind == "siglip positions":  # (1, V, D) -> (V, D)
+        return [first.map(first.shape[1:], lambda tensor: tensor[0])]
+    if rule.kind == "dino positions":  # (1, V, D) -> (1, 1 + V, D) with zeros for the class token
+        width = first.shape[2]
+        zeros = torch.zeros(1, 1, width, dtype=first.dtype)
+        padded = first.map((1, first.shape[1] + 1, width), lambda tensor: torch.cat((zeros, tensor), dim=1))
+        return [padded, LazyTensor(first.dtype, (1, width), lambda: zeros[0])]
+    return native
+
+
+def _to_native(rule: _Rule, model: list[LazyTensor]) -> list[LazyTensor]:
+    first = model[0]
+    if rule.kind == "split":
+        return [_join(model)]
+    if rule.kind == "join":
+        width = first.shape[0] // 3
+        return [_rows(first, 0, width), _rows(first, width, 3 * width)]
+    if rule.kind == "siglip positions":
+        return [first.map((1, *first.shape), lambda tensor: tensor[None])]
+    if rule.kind == "dino positions":
+        return [first.map((1, first.shape[1] - 1, first.shape[2]), lambda tensor: tensor[:, 1:])]
+    return model
+
+
+def _split(tensor: LazyTensor, parts: int) -> list[LazyTensor]:
+    length = tensor.shape[0] // parts
+    return [_rows(tensor, part * length, (part + 1) * length) for part in range(parts)]
+
+
+def _rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
+    return tensor.map((end - begin, *tensor.shape[1:]), lambda whole: whole[begin:end])
+
+
+def _join(tensors: list[LazyTensor]) -> LazyTensor:
+    shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+    return LazyTensor(tensors[0].dtype, shape, lambda: torch.cat([tensor.load() for tensor in tensors]))
+
+
+# Config
+
+
+def infer_config(run: Path, native: LazyTensors, run_config: dict[str, Any], norm_stats: dict[str, Any]) -> dict[str, Any]:
+    """The model's config from the shapes of a native checkpoint and the files beside it."""
+    heads = run_config.get("evla", {}).get("num_attention_heads", {})
+    shape = _ShapeReader(native, run)
+    dino, siglip, action = _PARTS["dino"], _PARTS["siglip"], _PARTS["action_head"]
+    action_width = shape(f"{action}.x_embedder.linear.weight", 2)[0]
+    text = _text_config(run, shape)
+    return {
+        "model_type": "cogact",
+        "architectures": ["CogACTForActionPrediction"],
+        "dino_config": _tower(shape, dino)
+        | {
+            "num_attention_heads": _num_heads(run, "dino", _tower(shape, dino)["hidden_size"], heads, _DINO_HEADS),
+            "mlp_ratio": _whole_ratio(shape, f"{dino}.blocks.0.mlp.fc1.weight"),
+            "num_register_tokens": shape(f"{dino}.reg_token", 3)[1],
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+        },
+        "siglip_config": _tower(shape, siglip)
+        | {
+            "num_attention_heads": _num_heads(run, "siglip", _tower(shape, siglip)["hidden_size"], heads, _SIGLIP_HEADS),
+            "intermediate_size": shape(f"{siglip}.blocks.0.mlp.fc1.weight", 2)[0],
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": f"{siglip}.attn_pool.latent" in native,
+        },
+        "text_config": text,
+        "projector_hidden_size": shape(f"{_PARTS['projector']}.projector.0.weight", 2)[0],
+        "action_config": {
+            "hidden_size": action_width,
+            "num_hidden_layers": shape.count_blocks(f"{action}.blocks"),
+            "num_attention_heads": _num_heads(run, "action_model", action_width, heads, _ACTION_HEADS),
+            "intermediate_size": shape(f"{action}.blocks.0.mlp.fc1.weight", 2)[0],
+            "condition_size": text["hidden_size"],
+            "action_dim": shape(f"{action}.x_embedder.linear.weight", 2)[1],
+            "action_horizon": shape(f"{action}.positional_embedding", 2)[0] - 1,
+        },
+        "norm_stats": check_norm_stats(norm_stats, run / "dataset_statistics.json"),
+    }
+
+
+def check_norm_stats(norm_stats: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Only the statistics that un-normalise actions, checked: finite q01 and q99 of the same length, a boolean mask."""
+    checked = {}
+    for dataset, entry in norm_stats.items():
+        action = entry.get("action") if isinstance(entry, dict) else None
+        if not isinstance(action, dict) or "q01" not in action or "q99" not in action:
+            raise EvlaError(f"{where}: dataset '{dataset}' has no action statistics q01 and q99.")
+        low, high = action["q01"], action["q99"]
+        mask = action.get("mask", [True] * len(low))  # CogACT's default
+        finite = all(type(x) in (int, float) and abs(x) < float("inf") for x in [*low, *high])
+        if not finite or not len(low) == len(high) == len(mask) or not all(type(m) is bool for m in mask):
+            raise EvlaError(f"{where}: dataset '{dataset}': q01, q99 and mask must be finite and of the same length.")
+        checked[dataset] = {"action": {"q01": low, "q99": high, "mask": mask}}
+    if not checked:
+        raise EvlaError(f"{where} holds no dataset.")
+    return checked
+
+
+class _ShapeReader:
+    def __init__(self, tensors: LazyTensors, where: Path):
+        self._tensors, self._where = tensors, where
+
+    def __call__(self, name: str, num_dims: int) -> tuple[int, ...]:
+        if name not in self._tensors:
+            raise EvlaError(f"{self._where} lacks the weight {name}: not a whole CogACT checkpoint.")
+        shape = self._tensors[name].shape
+        if len(shape) != num_dims or 0 in shape:
+            raise EvlaError(f"{self._where}: {name} has shape {list(shape)}, expected {num_dims} dimensions.")
+        return shape
+
+    def count_blocks(self, prefix: str) -> int:
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        numbers = {int(match[1]) for name in self._tensors if (match := pattern.match(name))}
+        if numbers != set(range(len(numbers))) or not numbers:
+            raise EvlaError(f"{self._where}: the blocks of {prefix} are not numbered 0, 1, 2, ... without a gap.")
+        return len(numbers)
+
+
+def _tower(shape: _ShapeReader, prefix: str) -> dict[str, Any]:
+    hidden_size, _, patch_size, _ = shape(f"{prefix}.patch_embed.proj.weight", 4)
+    side = round(shape(f"{prefix}.pos_embed", 3)[1] ** 0.5)
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": shape.count_blocks(f"{prefix}.blocks"),
+        "patch_size": patch_size,
+        "image_size": patch_size * side,
+    }
+
+
+def _text_config(run: Path, shape: _ShapeReader) -> dict[str, Any]:
+    llm = f"{_PARTS['language_model']}.model"
+    vocab_size, hidden_size = shape(f"{llm}.embed_tokens.weight", 2)
+    path = run / "llm_config" / "config.json"
+    if path.is_file():
+        given = read_json(path)
+    elif hidden_size == 4096:
+        given = dict(_LLAMA_2_7B)
+    else:
+        raise EvlaError(f"{run}: the language model is {hidden_size} wide, not Llama-2-7B; add {path} with its config.")
+    known = ("num_attention_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "head_dim")
+    config = {key: given[key] for key in (*known, "max_position_embeddings") if given.get(key) is not None}
+    if type(config.get("num_attention_heads")) is not int or config["num_attention_heads"] < 1:
+        raise EvlaError(f"{path}: num_attention_heads must be a positive whole number.")
+    head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
+    return config | {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": shape(f"{llm}.layers.0.mlp.gate_proj.weight", 2)[0],
+        "num_hidden_layers": shape.count_blocks(f"{llm}.layers"),
+        "num_key_value_heads": max(1, shape(f"{llm}.layers.0.self_attn.k_proj.weight", 2)[0] // head_dim),
+        "tie_word_embeddings": False,
+    }
+
+
+def _num_heads(run: Path, part: str, width: int, given: dict[str, Any], known: dict[int, int]) -> int:
+    heads = given.get(part, known.get(width))
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise EvlaError(
+            f"{run}: the number of attention heads of {part} ({width} wide) cannot be read off its weights. Add "
+            f'{{"evla": {{"num_attention_heads": {{"{part}": <number>}}}}}} to {run / "config.json"}.'
+        )
+    return heads
+
+
+def _whole_ratio(shape: _ShapeReader, name: str) -> int:
+    rows, columns = shape(name, 2)
+    if rows % columns:
+        raise EvlaError(f"{name} is {rows} x {columns}; the MLP of a DINOv2 block is a whole multiple of its width.")
+    return rows // columns
+
+
+# Writing
+
+
+def _write_native(
+    source: Checkpoint, dest: Path, tensors: LazyTensors, plan: PrunePlan, on_bytes: Callable[[int], Any] | None = None
+) -> None:
+    file = source.reader.files[0].name
+    (dest / "checkpoints").mkdir()
+    others = source.reader.others
+    paths = native_paths(tensors) | {name: source.reader.paths[name] for name in others}
+    write_torch(dest / "checkpoints" / file, tensors, paths, others, on_bytes)
+    write_llm_config(dest / "llm_config", prune_config(source.config, COGACT.config_path, plan)["text_config"])
+    if source.tokenizer_dir is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
+            if (source.tokenizer_dir / name).is_file():
+                copy_file(source.tokenizer_dir / name, dest / "llm_config" / name)
+    write_text(dest / "LOADING.md", _LOADING.format(file=file))
+    copy_other_files(source.root, dest)
+
+
+def write_llm_config(directory: Path, text_config: dict[str, Any]) -> None:
+    """The language model's config in the form that transformers 4 (CogACT pins 4.40) and 5 both read."""
+    directory.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "bfloat16"} | text_config
+    write_json(directory / "config.json", config)
+
+
+_LOADING = """\
+CogACT's own code takes the language model's config from `meta-llama/Llama-2-7b-hf`, whatever the checkpoint holds. These
+lines make it take the pruned one (run them with this directory as the working directory):
+
+    from prismatic.models.backbones.llm import llama2
+    llama2.LLAMA2_MODELS["llama2-7b-pure"]["hf_hub_path"] = "llm_config"
+    vla = load_vla("checkpoints/{file}", load_for_training=False, action_model_type="DiT-B")
+
+`llm_config/` must also hold the tokenizer (tokenizer.json, tokenizer_config.json and the rest of the Llama-2 tokenizer's
+files); copy them there if the original checkpoint came without. Use the original checkpoint's action_model_type.
+"""
+
+
+# Model
+
+
+def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
+    from evla_cli.models.cogact import CogACTConfig
+
+    return CogACTConfig(**{key: value for key, value in config.items() if key != "model_type"})
+
+
+def _build_model(config: "PretrainedConfig") -> "PreTrainedModel":
+    from evla_cli.models.cogact import CogACTForActionPrediction
+
+    return CogACTForActionPrediction(config)
+
+
+def _embed(model: "PreTrainedModel", samples: "list[Sample]", tokenizer_dir: Path) -> "Tensor":
+    from evla_cli.models.processing import CogACTProcessor
+
+    inputs = CogACTProcessor(model.config, tokenizer_dir)([s.image for s in samples], [s.instruction for s in samples])
+    inputs = inputs.to(model.projector.projector[0].weight)
+    mask = model.expand_mask(inputs.attention_mask, inputs.input_ids)
+    model.language_model.model(inputs_embeds=model.embed_inputs(*inputs.arguments()), attention_mask=mask, use_cache=False)
+    return mask
+
+
+COGACT = ModelFamily(
+    name="cogact",
+    decoder="language_model.model",
+    config_path=("text_config",),
+    parts={
+        "DINOv2 tower": "dino",
+        "SigLIP tower": "siglip",
+        "projector": "projector",
+        "language model": "language_model",
+        "action head": "action_head",
+    },
+    build_config=_build_config,
+    build_model=_build_model,
+    embed=_embed,
+    sample_kind="image",
+    has_action_head=True,
+)
+
+__all__ = ["COGACT", "CheckpointReader", "NativeNames", "infer_config", "native_paths", "open_checkpoint"]

@@ -1,0 +1,81 @@
+"""Plain decoders in Hugging Face's layout (Llama, Mistral, Qwen2, Qwen3, Gemma2, SmolLM, ...): no vision, no action."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evla_cli.checkpoint.files import read_json
+from evla_cli.errors import EvlaError
+from evla_cli.families.base import Checkpoint, ModelFamily
+from evla_cli.families.huggingface import open_huggingface
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from evla_cli.calibration import Sample
+
+_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    if not (path / "config.json").is_file():
+        return None
+    raw = read_json(path / "config.json")
+    if "model_type" not in raw:
+        return None
+    config = _load_config(path, raw)
+    if config is None:
+        return None
+    full = config.to_dict()
+    derived = {key: full[key] for key in _LAYER_LISTS if isinstance(full.get(key), list) and not raw.get(key)}
+    checkpoint = open_huggingface(path, DECODER, full, derived)
+    if not any(name.startswith("model.layers.0.") for name in checkpoint.weights):
+        raise EvlaError(f"{path}: no weights named model.layers.0.*; only decoders with that layout can be handled.")
+    return checkpoint
+
+
+def _load_config(path: Path, raw: dict[str, Any]) -> "PretrainedConfig | None":
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if raw["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, all of them about this file
+        raise EvlaError(f"{path / 'config.json'} is not a valid config: {' '.join(str(error).split())}") from error
+    return config if hasattr(config, "num_hidden_layers") and hasattr(config, "intermediate_size") else None
+
+
+def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config)
+
+
+def _build_model(config: "PretrainedConfig") -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def _embed(model: "PreTrainedModel", samples: "list[Sample]", tokenizer_dir: Path) -> "torch.Tensor":
+    from evla_cli.models.processing import load_tokenizer, pad_right
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    limit = getattr(model.config, "max_position_embeddings", None) or 2048
+    ids, mask = pad_right([tokenizer.encode(sample.text).ids[: min(limit, 2048)] for sample in samples])
+    model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return mask
+
+
+DECODER = ModelFamily(
+    name="decoder",
+    decoder="model",
+    config_path=(),
+    parts={"embeddings": "model.embed_tokens", "decoder layers": "model.layers", "final norm": "model.norm", "lm_head": "lm_head"},
+    build_config=_build_config,
+    build_model=_build_model,
+    embed=_embed,
+    sample_kind="text",
+)

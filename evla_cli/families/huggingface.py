@@ -1,0 +1,64 @@
+"""Checkpoints in Hugging Face's layout: one config.json beside safetensors (or .bin) shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evla_cli.checkpoint.files import MARKERS, copy_file, read_json, write_json
+from evla_cli.checkpoint.reader import open_huggingface_checkpoint
+from evla_cli.checkpoint.tensors import LazyTensors
+from evla_cli.checkpoint.writer import write_huggingface_weights
+from evla_cli.families.base import Checkpoint, ModelFamily, find_tokenizer, prune_config
+from evla_cli.plan import PrunePlan
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
+# Of another state of the model: manifest and settings belong to the exact weights they were made for.
+_STALE = {*MARKERS, "inference.yaml", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+
+
+def open_huggingface(
+    directory: Path, family: ModelFamily, config: dict[str, Any], layer_lists: dict[str, list[Any]] | None = None
+) -> Checkpoint:
+    """
+    Args:
+        config: the whole config, defaults filled in.
+        layer_lists: config entries with one value a layer that config.json leaves out because they follow from the
+            layer's index; once layers are removed they no longer do, and a pruned config must spell them out.
+    """
+    reader = open_huggingface_checkpoint(directory)
+
+    def write_pruned(
+        source: Checkpoint,
+        dest: Path,
+        tensors: LazyTensors,
+        plan: PrunePlan,
+        on_bytes: Callable[[int], Any] | None = None,
+    ) -> None:
+        raw = read_json(directory / "config.json")
+        target = raw
+        for key in family.config_path:
+            target = target[key]
+        target.update({key: values for key, values in (layer_lists or {}).items() if not target.get(key)})
+        write_json(dest / "config.json", prune_config(raw, family.config_path, plan))
+        write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
+        copy_other_files(directory, dest)
+
+    return Checkpoint(
+        root=directory,
+        family=family,
+        layout="bundle" if (directory / "manifest.json").is_file() else "huggingface",
+        reader=reader,
+        config=config,
+        weights=reader.tensors,
+        layer_prefix=family.decoder_layers,
+        tokenizer_dir=find_tokenizer(directory),
+        write_pruned=write_pruned,
+    )
+
+
+def copy_other_files(source: Path, dest: Path) -> None:
+    """Everything at the top of `source` but weights, and but what `dest` already has."""
+    for path in sorted(source.iterdir()):
+        other = path.suffix not in _WEIGHT_SUFFIXES and path.name not in _STALE and not path.name.startswith(".")
+        if path.is_file() and other and not (dest / path.name).exists():
+            copy_file(path, dest / path.name)

@@ -1,0 +1,82 @@
+"""Narrow gated MLP blocks: how many intermediate rows stay, which ones by a plain rule, and the slicing itself.
+
+Letters: D hidden size, F intermediate size, K rows kept.
+"""
+
+import math
+import random
+
+import torch
+from torch import Tensor
+
+from evla_cli.errors import EvlaError
+
+# Matrix kernels like these; the widest one that fits at least twice into the block is used.
+_MULTIPLES = (64, 32, 16, 8, 1)
+
+
+def prune_width(intermediate_size: int, mlp_prune_ratio: float, multiple: int | None = None) -> int:
+    """The width left after removing `mlp_prune_ratio` of the rows: 11008 at 0.25 gives 8256.
+
+    Rounded to the nearest `multiple` (halfway: up, keep more), never above the original width and never below one
+    multiple. By default the multiple is 64, or 32, 16, 8, 1 for blocks narrower than 128, 64, 32, 16. A small ratio
+    may therefore round to the next lower multiple, or to nothing removed. Ratio 0 is exact: the width as it is.
+    """
+    if intermediate_size < 1:
+        raise EvlaError(f"The MLP's intermediate size must be at least 1, got {intermediate_size}.")
+    if not 0 <= mlp_prune_ratio < 1:
+        raise EvlaError(f"mlp_prune_ratio is the fraction removed, in [0, 1), got {mlp_prune_ratio}.")
+    if multiple is not None and not 1 <= multiple <= intermediate_size:
+        raise EvlaError(f"The width's multiple must be between 1 and {intermediate_size}, got {multiple}.")
+    if mlp_prune_ratio == 0:
+        return intermediate_size
+    if multiple is None:
+        multiple = next((m for m in _MULTIPLES if intermediate_size >= 2 * m), 1)
+    wanted = math.floor(intermediate_size * (1 - mlp_prune_ratio) / multiple + 0.5)
+    return multiple * min(max(wanted, 1), intermediate_size // multiple)
+
+
+def select_rows_magnitude(gate: Tensor, up: Tensor, down: Tensor, num_keep: int) -> Tensor:
+    """The rows whose three weight vectors have the largest product of norms; ties go to the lower index.
+
+    The product bounds what one intermediate unit can add to the block's output for an input of norm 1, since
+    |silu(g.x) (u.x)| |d| <= |g| |u| |d|; it does not change when scale moves between up and down.
+    """
+    # gate, up (F, D), down (D, F) -> (F)
+    norms = (gate.double().norm(dim=1), up.double().norm(dim=1), down.double().norm(dim=0))
+    scores = norms[0] * norms[1] * norms[2]
+    if not bool(torch.isfinite(scores).all()):
+        raise EvlaError("The MLP weights hold NaN or infinite values; rows cannot be ranked by magnitude.")
+    _check_num_keep(num_keep, scores.numel())
+    return torch.sort(scores, descending=True, stable=True).indices[:num_keep].sort().values  # (K)
+
+
+def select_rows_random(intermediate_size: int, num_keep: int, seed: int, layer_index: int) -> Tensor:
+    """Uniformly random rows, the same on every platform and library version for the same seed and layer."""
+    _check_num_keep(num_keep, intermediate_size)
+    # Python promises the stream of random() for a given seed; it promises no such thing for sample() or shuffle(),
+    # nor does torch for randperm.
+    generator = random.Random(f"{seed}/{layer_index}")
+    keys = [generator.random() for _ in range(intermediate_size)]
+    keep = sorted(range(intermediate_size), key=lambda row: (keys[row], row))[:num_keep]
+    return torch.tensor(sorted(keep), dtype=torch.int64)  # (K)
+
+
+def slice_mlp(gate: Tensor, up: Tensor, down: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three weights of a gated MLP with only the kept intermediate units: (K, D), (K, D), (D, K)."""
+    return slice_rows(gate, keep), slice_rows(up, keep), slice_columns(down, keep)
+
+
+def slice_rows(tensor: Tensor, keep: Tensor) -> Tensor:
+    """Kept rows of a gate or up weight (F, D), or of its bias (F). The bias of down (D) has nothing to slice."""
+    return tensor.index_select(0, keep)
+
+
+def slice_columns(down: Tensor, keep: Tensor) -> Tensor:
+    """Kept columns of a down weight: (D, F) -> (D, K)."""
+    return down.index_select(1, keep)
+
+
+def _check_num_keep(num_keep: int, intermediate_size: int) -> None:
+    if not 1 <= num_keep <= intermediate_size:
+        raise EvlaError(f"Cannot keep {num_keep} of {intermediate_size} MLP rows; keep 1 to {intermediate_size}.")

@@ -1,0 +1,128 @@
+"""From camera image and instruction to CogACT's input tensors: prompt, special tokens, image transforms.
+
+Letters used here: B batch, T prompt tokens, S image size.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from evla_cli.errors import EvlaError
+
+_PROMPT = "In: What action should the robot take to {}?\nOut:"
+# Appended to every prompt: the empty token (29871 in Llama-2's vocabulary) and EOS (2), whose hidden state after the
+# final norm is the cognition token.
+_SUFFIX_TOKENS = ("▁", "</s>")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class CogACTInputs:
+    """
+    Attributes:
+        input_ids: (B, T), padded on the right.
+        dino_pixels, siglip_pixels: (B, 3, S, S).
+        attention_mask: (B, T), or None where nothing is padding.
+    """
+
+    input_ids: Tensor
+    dino_pixels: Tensor
+    siglip_pixels: Tensor
+    attention_mask: Tensor | None
+
+    def to(self, like: Tensor) -> "CogACTInputs":
+        """On the device of `like`, pixels in its dtype."""
+        mask = self.attention_mask
+        return replace(
+            self,
+            input_ids=self.input_ids.to(like.device),
+            dino_pixels=self.dino_pixels.to(like),
+            siglip_pixels=self.siglip_pixels.to(like),
+            attention_mask=None if mask is None else mask.to(like.device),
+        )
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.input_ids, self.dino_pixels, self.siglip_pixels
+
+
+class CogACTProcessor:
+    """Images and instructions in, `CogACTInputs` out. Errors: a tokenizer that does not fit the model."""
+
+    def __init__(self, config: Any, tokenizer_dir: Path):
+        self.tokenizer = load_tokenizer(tokenizer_dir)
+        self.dino_size = config.dino_config.image_size
+        self.siglip_size = config.siglip_config.image_size
+        self.suffix_ids = [self._token_id(token, tokenizer_dir) for token in _SUFFIX_TOKENS]
+        self.bos_id = self._token_id("<s>", tokenizer_dir)
+        if self.tokenizer.get_vocab_size() > config.text_config.vocab_size:
+            raise EvlaError(
+                f"{tokenizer_dir / 'tokenizer.json'} has {self.tokenizer.get_vocab_size()} tokens, the model "
+                f"{config.text_config.vocab_size}: not the tokenizer that it was trained with."
+            )
+
+    def __call__(self, images: list[Image.Image], instructions: list[str]) -> CogACTInputs:
+        input_ids, mask = pad_right([self.prompt_ids(instruction) for instruction in instructions])
+        dino = torch.stack([image_tensor(image, self.dino_size, _IMAGENET_MEAN, _IMAGENET_STD) for image in images])
+        siglip = torch.stack([image_tensor(image, self.siglip_size, _SIGLIP_MEAN, _SIGLIP_STD) for image in images])
+        return CogACTInputs(input_ids, dino, siglip, mask)
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """BOS, the prompt, and the two suffix tokens."""
+        ids = self.tokenizer.encode(_PROMPT.format(instruction.lower())).ids
+        if ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        return ids + self.suffix_ids
+
+    def _token_id(self, token: str, where: Path) -> int:
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise EvlaError(f"{where / 'tokenizer.json'} has no token '{token}', which CogACT's prompt needs.")
+        return token_id
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise EvlaError(f"{directory} has no tokenizer.json; copy the tokenizer's files there.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for every kind of damage
+        raise EvlaError(f"{path} is not a tokenizer: {error}.") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def pad_right(sequences: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+    """Token ids (B, T) and their mask, which is None where all sequences have one length."""
+    length = max(map(len, sequences))
+    input_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in sequences])
+    if all(len(ids) == length for ids in sequences):
+        return input_ids, None
+    return input_ids, torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences])
+
+
+def image_tensor(image: Image.Image, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(3, S, S) in the tower's own normalisation. "resize-naive": squeezed to a square, bicubic."""
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(resized, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32) / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def to_image(image: Any) -> Image.Image:
+    """A PIL image, or a uint8 array (height, width, 3), as a PIL image."""
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise EvlaError(
+            f"An image must be a PIL image or a uint8 array (height, width, 3), got {array.dtype} {array.shape}."
+        )
+    return Image.fromarray(array)

@@ -1,0 +1,163 @@
+"""What was measured (LayerImportance) and what was decided (PrunePlan): frozen records with a file form."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evla_cli import __version__
+from evla_cli.checkpoint.files import read_json, read_yaml
+from evla_cli.errors import EvlaError
+from evla_cli.schema import from_mapping, to_mapping
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """One decoder layer: 1 - mean cosine of its input and output. Higher means that the layer does more: keep it."""
+
+    index: int  # 0-based, as in the source
+    importance: float
+    standard_error: float | None  # over samples; None for a single sample
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.importance):
+            raise EvlaError(f"Layer {self.index} has the importance {self.importance}; it must be a finite number.")
+
+
+@dataclass(frozen=True)
+class LayerImportance:
+    """`importance.json`: what `evla analyze` found."""
+
+    schema_version: int
+    metric: str
+    num_samples: int
+    checkpoint_sha256: str
+    samples_sha256: str
+    layers: tuple[LayerScore, ...]
+    family: str = ""
+    dtype: str = ""
+    evla_version: str = __version__
+    action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise EvlaError(f"Importance file of schema {self.schema_version}; this evla reads schema {SCHEMA_VERSION}.")
+        if [score.index for score in self.layers] != list(range(len(self.layers))) or not self.layers:
+            raise EvlaError("The layers of an importance file must be listed in order: 0, 1, 2, ...")
+
+    def ranking(self) -> list[int]:
+        """Layer indices, least important first; ties go to the lower index."""
+        return sorted(range(len(self.layers)), key=lambda index: (self.layers[index].importance, index))
+
+    def to_json(self) -> str:
+        record = to_mapping(self) | {"ranking": self.ranking()}
+        if record["action_head"] is None:
+            del record["action_head"]
+        return json.dumps(record, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> "LayerImportance":
+        record = read_json(path)
+        record.pop("ranking", None)  # derived
+        return from_mapping(cls, record, str(path))
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Which decoder layers and MLP channels stay; `prune_plan.yaml`.
+
+    Attributes:
+        keep_layers: indices in the source, ascending.
+        mlp_keep: for every kept layer the channels that stay, ascending; None keeps all.
+        how: how it was decided, for the reader: scores, method, seed, ratios.
+    """
+
+    num_layers: int
+    intermediate_size: int
+    keep_layers: tuple[int, ...]
+    mlp_keep: tuple[tuple[int, ...], ...] | None = None
+    checkpoint_sha256: str = ""
+    how: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kept = self.keep_layers
+        if not kept:
+            raise EvlaError(f"The plan keeps none of the {self.num_layers} layers; at least one must stay.")
+        if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= self.num_layers:
+            raise EvlaError(f"keep_layers must be ascending indices from 0 to {self.num_layers - 1}, got {list(kept)}.")
+        if self.mlp_keep is None:
+            return
+        if len(self.mlp_keep) != len(kept) or len({len(channels) for channels in self.mlp_keep}) != 1:
+            raise EvlaError("mlp_keep must list the same number of channels for every kept layer.")
+        for channels in self.mlp_keep:
+            if not channels or list(channels) != sorted(set(channels)) or not 0 <= channels[0] <= channels[-1] < self.intermediate_size:
+                raise EvlaError(f"mlp_keep must hold ascending channels from 0 to {self.intermediate_size - 1}.")
+
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        return tuple(sorted(set(range(self.num_layers)) - set(self.keep_layers)))
+
+    @property
+    def kept_intermediate_size(self) -> int:
+        return self.intermediate_size if self.mlp_keep is None else len(self.mlp_keep[0])
+
+    @property
+    def keeps_everything(self) -> bool:
+        return not self.dropped_layers and self.kept_intermediate_size == self.intermediate_size
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "evla_version": __version__,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "num_layers": self.num_layers,
+            "keep_layers": list(self.keep_layers),
+            "dropped_layers": list(self.dropped_layers),
+            "intermediate_size": self.intermediate_size,
+            "kept_intermediate_size": self.kept_intermediate_size,
+            "how": self.how,
+            # Kept layer (source index) -> bit mask over its channels in hexadecimal, channel 0 the highest bit of the
+            # first digit: 11008 numbers a layer would make a file that nobody opens.
+            "mlp_keep": None
+            if self.mlp_keep is None
+            else {
+                layer: _to_mask(channels, self.intermediate_size)
+                for layer, channels in zip(self.keep_layers, self.mlp_keep, strict=True)
+            },
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> "PrunePlan":
+        record = read_yaml(path)
+        if record.get("schema_version") != SCHEMA_VERSION:
+            raise EvlaError(f"{path}: schema_version must be {SCHEMA_VERSION}, found {record.get('schema_version')}.")
+        try:
+            masks, width = record["mlp_keep"], record["intermediate_size"]
+            keep = tuple(record["keep_layers"])
+            return cls(
+                num_layers=record["num_layers"],
+                intermediate_size=width,
+                keep_layers=keep,
+                mlp_keep=None if masks is None else tuple(_from_mask(masks[layer], width) for layer in keep),
+                checkpoint_sha256=record["checkpoint_sha256"],
+                how=record["how"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise EvlaError(f"{path} is not a plan that evla wrote: {type(error).__name__} {error}.") from error
+
+
+def _to_mask(channels: tuple[int, ...], width: int) -> str:
+    mask = bytearray((width + 7) // 8)
+    for channel in channels:
+        mask[channel // 8] |= 128 >> channel % 8
+    return mask.hex()
+
+
+def _from_mask(text: str, width: int) -> tuple[int, ...]:
+    mask = bytes.fromhex(text)
+    if len(mask) != (width + 7) // 8:
+        raise ValueError(f"a channel mask has {len(mask)} bytes, {width} channels need {(width + 7) // 8}")
+    return tuple(channel for channel in range(width) if mask[channel // 8] & 128 >> channel % 8)
