@@ -1,0 +1,51 @@
+"""How much each decoder layer does: 1 - mean cosine of its input and its output (EfficientVLA, arXiv 2506.10100, Eq. 1).
+
+Letters used here: B batch, T positions, D hidden size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def position_similarity(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Cosine of a layer's input and output at every position, in float32: two (B, T, D) -> (B, T)."""
+    return F.cosine_similarity(inputs.float(), outputs.float(), dim=-1, eps=1e-12)
+
+
+def sample_similarity(similarity: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real positions of each sample: (B, T) and its mask -> (B,), float64."""
+    if mask is None:
+        return similarity.double().mean(dim=1)
+    real = mask.double()
+    return (similarity.double() * real).sum(dim=1) / real.sum(dim=1)
+
+
+def importance_and_error(similarities: Sequence[float]) -> tuple[float, float | None]:
+    """1 - mean over samples, and the standard error of that mean (None for a single sample)."""
+    count = len(similarities)
+    mean = math.fsum(similarities) / count
+    if count < 2:
+        return 1.0 - mean, None
+    variance = math.fsum((value - mean) ** 2 for value in similarities) / (count - 1)
+    return 1.0 - mean, math.sqrt(variance / count)
+
+
+def measure_layer(layer: torch.nn.Module, batches: list[tuple[Tensor, Tensor | None, dict]]) -> tuple[list[float], list[Tensor]]:
+    """Push every batch through one layer.
+
+    Args:
+        batches: hidden states (B, T, D), mask (B, T), keyword arguments of the layer's forward.
+
+    Returns: the similarity of every sample, and the next layer's hidden states.
+    """
+    similarities: list[float] = []
+    outputs = []
+    for hidden_states, mask, arguments in batches:
+        output = layer(hidden_states, **arguments)
+        similarities += sample_similarity(position_similarity(hidden_states, output), mask).tolist()
+        outputs.append(output)
+    return similarities, outputs

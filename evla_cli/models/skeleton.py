@@ -1,0 +1,94 @@
+"""Models without weights: built on the meta device, then given their tensors by name, all at once or part by part."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from evla_cli.checkpoint.tensors import LazyTensors, load_finite
+from evla_cli.families.base import ModelFamily, check_weights
+
+
+def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
+    """The model with parameters on the meta device (no memory) and the buffers that no checkpoint holds computed."""
+    with torch.device("meta"):
+        model = family.build_model(family.build_config(config))
+    _compute_buffers(model)
+    return model.eval()
+
+
+def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Every weight that a checkpoint of this model must hold. Tied weights are held once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: shape for name, shape in shapes.items() if name not in tied}
+
+
+def load_weights(
+    module: nn.Module,
+    weights: LazyTensors,
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    on_bytes: Callable[[int], Any] | None = None,
+) -> None:
+    """Give every parameter of `module` its tensor, named `prefix` + its own name; mapped tensors are not copied.
+
+    Errors: a missing weight (KeyError: callers check names first), NaN or infinite values.
+    """
+    state = {}
+    for name in module.state_dict():
+        lazy = weights[prefix + name]
+        state[name] = load_finite(prefix + name, lazy)
+        if dtype is not None and lazy.dtype.is_floating_point:
+            state[name] = state[name].to(dtype)
+        state[name] = state[name].to(device)
+        if on_bytes:
+            on_bytes(lazy.num_bytes)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def load_model(
+    family: ModelFamily,
+    config: dict[str, Any],
+    weights: LazyTensors,
+    where: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The whole model. Errors: any weight missing, unknown, misshapen or not finite."""
+    model = build_skeleton(family, config)
+    expected = expected_shapes(model)
+    check_weights(expected, weights, where)
+    if len(expected) < len(model.state_dict()):
+        weights = weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()}
+    load_weights(model, weights, dtype=dtype, device=device)
+    for buffer_owner in model.modules():
+        for name in buffer_owner._non_persistent_buffers_set:
+            setattr(buffer_owner, name, getattr(buffer_owner, name).to(device))
+    return model
+
+
+def drop_weights(module: nn.Module) -> None:
+    """Back to the meta device; the memory is free again."""
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Rotary frequencies, position ids: not in any file, computed by the model's own initialisation."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for owner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        for module in owner.modules():
+            if module._non_persistent_buffers_set:
+                owner._init_weights(module)

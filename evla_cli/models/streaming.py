@@ -1,0 +1,115 @@
+"""Run a decoder layer by layer over many samples: each layer's weights are read once, whatever the number of samples.
+
+What a layer is called with besides hidden states (masks, rotary embeddings, window types) does not depend on the hidden
+states. So the decoder's own forward runs once a batch with recorders in place of its layers: that gives the first
+layer's input and every layer's arguments exactly as transformers makes them, for any decoder.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evla_cli.calibration import Sample
+from evla_cli.checkpoint.tensors import load_finite
+from evla_cli.errors import EvlaError
+from evla_cli.families.base import Checkpoint
+from evla_cli.models.skeleton import build_skeleton, drop_weights, load_weights
+
+
+@dataclass
+class Batch:
+    """
+    Attributes:
+        hidden_states: (B, T, D), the input of the layer whose turn it is.
+        mask: (B, T), or None where no position is padding.
+        arguments: what each layer is called with besides, by layer index.
+    """
+
+    hidden_states: Tensor
+    mask: Tensor | None
+    arguments: list[dict[str, Any]]
+
+
+class DecoderStream:
+    """The decoder of a checkpoint, one layer in memory at a time.
+
+    Errors: NaN or infinite weights or activations, with the name of the weight or the index of the layer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        samples: Sequence[Sample],
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        on_bytes: Callable[[int], Any] | None = None,
+    ):
+        self._checkpoint, self._dtype, self._device, self._on_bytes = checkpoint, dtype, device, on_bytes
+        self._model = build_skeleton(checkpoint.family, checkpoint.config)
+        decoder = self._model.get_submodule(checkpoint.family.decoder)
+        self._layers = list(decoder.layers)
+        self.batches = [
+            self._record(decoder, list(samples[start : start + batch_size]))
+            for start in range(0, len(samples), batch_size)
+        ]
+        for module in self._model.children():
+            drop_weights(module)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Each layer in turn with its weights loaded. The caller moves the batches' hidden states forward."""
+        for index, layer in enumerate(self._layers):
+            prefix = f"{self._checkpoint.family.decoder_layers}.{index}."
+            load_weights(layer, self._checkpoint.weights, prefix, self._dtype, self._device, self._on_bytes)
+            yield layer
+            for batch in self.batches:
+                if not bool(batch.hidden_states.isfinite().all()):
+                    raise EvlaError(
+                        f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32."
+                    )
+                batch.arguments[index] = {}  # the last reference to what only this layer needed
+            drop_weights(layer)
+
+    def _record(self, decoder: nn.Module, samples: list[Sample]) -> Batch:
+        """One batch through everything before the decoder, and the arguments of every layer."""
+        recorders = nn.ModuleList(_Recorder() for _ in self._layers)
+        decoder.layers = recorders
+        self._load_everything_but_layers()
+        assert self._checkpoint.tokenizer_dir is not None
+        try:
+            with torch.inference_mode():
+                mask = self._checkpoint.family.embed(self._model, samples, self._checkpoint.tokenizer_dir)
+        finally:
+            decoder.layers = nn.ModuleList(self._layers)
+        calls = [recorder.call for recorder in recorders]
+        return Batch(calls[0][0], mask, [arguments for _, arguments in calls])
+
+    def _load_everything_but_layers(self) -> None:
+        skip = f"{self._checkpoint.family.decoder_layers}."
+        state = {}
+        for name, parameter in self._model.named_parameters():
+            lazy = self._checkpoint.weights.get(name)
+            if name.startswith(skip) or lazy is None or not parameter.is_meta:
+                continue
+            state[name] = load_finite(name, lazy).to(device=self._device, dtype=self._dtype)
+            if self._on_bytes:
+                self._on_bytes(lazy.num_bytes)
+        self._model.load_state_dict(state, strict=False, assign=True)
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer stood: keeps what it is called with and passes the hidden states on."""
+
+    call: tuple[Tensor, dict[str, Any]]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise EvlaError("This decoder passes its layers positional arguments, which cannot be recorded.")
+        self.call = (hidden_states, kwargs)
+        return hidden_states

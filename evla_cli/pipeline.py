@@ -1,0 +1,185 @@
+"""What evla does, from top to bottom: analyze, prune, export, run. Each stage reads files and writes files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evla_cli.calibration import load_samples, samples_sha256
+from evla_cli.checkpoint.files import check_output, new_directory, write_yaml
+from evla_cli.checkpoint.tensors import LazyTensors, total_bytes, total_elements
+from evla_cli.errors import EvlaError
+from evla_cli.families import open_checkpoint
+from evla_cli.families.base import Checkpoint
+from evla_cli.methods.layer_importance import importance_and_error, measure_layer
+from evla_cli.methods.layer_pruning import choose_layers, prune_weights
+from evla_cli.methods.mlp_pruning import prune_width
+from evla_cli.methods.row_selection import select_channels
+from evla_cli.models.streaming import DecoderStream
+from evla_cli.plan import SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
+from evla_cli.progress import progress_bar
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def analyze(
+    source: Path,
+    data: Path,
+    *,
+    num_samples: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> LayerImportance:
+    """How much every decoder layer does on the samples in `data`. Layers are read one at a time."""
+    checkpoint = open_checkpoint(source)
+    if checkpoint.tokenizer_dir is None:
+        raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
+    samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
+    with torch.inference_mode():
+        stream = DecoderStream(checkpoint, samples, batch_size, DTYPES[dtype], device)
+        scores = []
+        with progress_bar("layers", len(stream), "layer") as bar:
+            for index, layer in enumerate(stream.layers()):
+                batches = [(batch.hidden_states, batch.mask, batch.arguments[index]) for batch in stream.batches]
+                similarities, outputs = measure_layer(layer, batches)
+                for batch, output in zip(stream.batches, outputs, strict=True):
+                    batch.hidden_states = output
+                scores.append(LayerScore(index, *importance_and_error(similarities)))
+                bar.update()
+    return LayerImportance(
+        schema_version=SCHEMA_VERSION,
+        metric="block_influence",
+        num_samples=len(samples),
+        checkpoint_sha256=checkpoint.reader.sha256,
+        samples_sha256=samples_sha256(samples),
+        layers=tuple(scores),
+        family=checkpoint.family.name,
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A plan and what it does to the checkpoint's size."""
+
+    plan: PrunePlan
+    parameters_before: int
+    parameters_after: int
+    bytes_after: int
+
+
+def prune(
+    source: Path,
+    dest: Path,
+    *,
+    importance: Path | None = None,
+    num_drop: int | None = None,
+    num_keep: int | None = None,
+    drop_ids: Sequence[int] = (),
+    protect_first: int | None = None,
+    mlp_prune_ratio: float = 0.0,
+    mlp_method: str = "prunenet",
+    seed: int = 0,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> PruneResult:
+    """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout."""
+    checkpoint = open_checkpoint(source)
+    if not dry_run:
+        check_output(dest, overwrite, [checkpoint.root])
+    scores = _checked_importance(importance, checkpoint) if importance else None
+    keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, protect_first)
+    mlp_keep, facts = _channels_to_keep(checkpoint, keep, mlp_prune_ratio, mlp_method, seed)
+    plan = PrunePlan(
+        num_layers=checkpoint.num_layers,
+        intermediate_size=checkpoint.intermediate_size,
+        keep_layers=keep,
+        mlp_keep=mlp_keep,
+        checkpoint_sha256=checkpoint.reader.sha256,
+        how={
+            "importance": [score.importance for score in scores.layers] if scores else None,
+            "samples_sha256": scores.samples_sha256 if scores else None,
+            "mlp_prune_ratio": mlp_prune_ratio,
+            "mlp_method": mlp_method if mlp_keep else None,
+            "seed": seed,
+            **facts,
+        },
+    )
+    pruned = prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix)
+    if not dry_run:
+        write_pruned(checkpoint, dest, pruned, plan, overwrite)
+    return PruneResult(plan, total_elements(checkpoint.reader.tensors), total_elements(pruned), total_bytes(pruned))
+
+
+def write_pruned(checkpoint: Checkpoint, dest: Path, pruned: LazyTensors, plan: PrunePlan, overwrite: bool) -> None:
+    with new_directory(dest, overwrite) as staging, progress_bar("writing", total_bytes(pruned), "B") as bar:
+        checkpoint.write_pruned(checkpoint, staging, pruned, plan, bar.update)
+        write_yaml(staging / "prune_plan.yaml", plan.to_record(), "What evla prune removed; see docs/files.md.")
+
+
+def _checked_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
+    scores = LayerImportance.load(path)
+    if len(scores.layers) != checkpoint.num_layers:
+        raise EvlaError(
+            f"{path} ranks {len(scores.layers)} layers, {checkpoint.root} has {checkpoint.num_layers}: "
+            "run evla analyze on this checkpoint."
+        )
+    if scores.checkpoint_sha256 != checkpoint.reader.sha256:
+        raise EvlaError(f"{path} was measured on another checkpoint (its hash differs): run evla analyze on this one.")
+    return scores
+
+
+def _layers_to_keep(
+    checkpoint: Checkpoint,
+    scores: LayerImportance | None,
+    num_drop: int | None,
+    num_keep: int | None,
+    drop_ids: Sequence[int],
+    protect_first: int | None,
+) -> tuple[int, ...]:
+    num_layers = checkpoint.num_layers
+    if num_keep is not None:
+        if num_drop is not None and num_drop != num_layers - num_keep:
+            raise EvlaError(f"--drop-layers {num_drop} and --keep-layers {num_keep} disagree on {num_layers} layers.")
+        if not 1 <= num_keep <= num_layers:
+            raise EvlaError(f"--keep-layers must be between 1 and {num_layers}, got {num_keep}.")
+        num_drop = num_layers - num_keep
+    num_drop = num_drop or 0
+    if num_drop < 0:
+        raise EvlaError(f"--drop-layers must not be negative, got {num_drop}.")
+    if scores is None and num_drop > len(set(drop_ids)):
+        raise EvlaError("Dropping layers by rank needs --importance; make it with evla analyze.")
+    if protect_first is None:  # tokens are pruned before layer 2, and those before it see the whole image
+        protect_first = 2 if checkpoint.family.sample_kind == "image" else 0
+    if not 0 <= protect_first <= num_layers:
+        raise EvlaError(f"--protect-first must be between 0 and {num_layers}, got {protect_first}.")
+    ranking = scores.ranking() if scores else list(range(num_layers))
+    return choose_layers(ranking, num_drop, drop_ids, range(protect_first))
+
+
+def _channels_to_keep(
+    checkpoint: Checkpoint, layers: Sequence[int], mlp_prune_ratio: float, method: str, seed: int
+) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, Any]]:
+    width = prune_width(checkpoint.intermediate_size, mlp_prune_ratio)
+    if width == checkpoint.intermediate_size:
+        return None, {}
+    names = [f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+    absent = [name for name in names if f"{checkpoint.layer_prefix}.0.{name}" not in checkpoint.reader.tensors]
+    if absent:
+        raise EvlaError(f"The decoder has no {absent[0]}; only gated MLPs can be narrowed. Use --mlp-prune-ratio 0.")
+
+    def read_mlp(layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = (checkpoint.reader.tensors[f"{checkpoint.layer_prefix}.{layer}.{name}"] for name in names)
+        return gate.load(), up.load(), down.load()
+
+    with progress_bar(method, 0, "matrix") as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return select_channels(method, layers, read_mlp, checkpoint.intermediate_size, width, seed, on_step)
