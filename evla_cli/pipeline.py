@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evla_cli.bundling import check_settings, verify_bundle, write_bundle_files
 from evla_cli.calibration import load_samples, samples_sha256
 from evla_cli.checkpoint.files import check_output, new_directory, write_yaml
 from evla_cli.checkpoint.tensors import LazyTensors, total_bytes, total_elements
+from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
-from evla_cli.families.base import Checkpoint
+from evla_cli.families.base import Checkpoint, check_weights
 from evla_cli.methods.layer_importance import importance_and_error, measure_layer
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.methods.row_selection import select_channels
+from evla_cli.models.skeleton import build_skeleton, expected_shapes
 from evla_cli.models.streaming import DecoderStream
 from evla_cli.plan import SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
+from evla_cli.settings import InferenceSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -183,3 +187,37 @@ def _channels_to_keep(
             bar.update(done - bar.n)
 
         return select_channels(method, layers, read_mlp, checkpoint.intermediate_size, width, seed, on_step)
+
+
+def export(
+    source: Path,
+    dest: Path,
+    settings: InferenceSettings,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a self-contained bundle from a checkpoint that acts, then verify what was written."""
+    checkpoint = open_checkpoint(source)
+    if not checkpoint.family.has_action_head:
+        raise EvlaError(
+            f"{checkpoint.root} has no action head, so there is nothing to run as a policy; a pruned decoder loads with "
+            "transformers as it is."
+        )
+    if checkpoint.tokenizer_dir is None:
+        raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
+    check_output(dest, overwrite, [checkpoint.root])
+    check_settings(settings, checkpoint)
+    check_weights(
+        expected_shapes(build_skeleton(checkpoint.family, checkpoint.config)), checkpoint.weights, checkpoint.root
+    )
+    weights = checkpoint.weights
+    if dtype is not None:
+        weights = {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
+    with new_directory(dest, overwrite) as staging:
+        with progress_bar("exporting", total_bytes(weights), "B") as bar:
+            write_huggingface_weights(staging, weights, parse_size(max_shard_size), bar.update)
+        write_bundle_files(checkpoint, staging, settings)
+        verify_bundle(staging)
+    return dest

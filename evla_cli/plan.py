@@ -44,7 +44,9 @@ class LayerImportance:
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise EvlaError(f"Importance file of schema {self.schema_version}; this evla reads schema {SCHEMA_VERSION}.")
+            raise EvlaError(
+                f"Importance file of schema {self.schema_version}; this evla reads schema {SCHEMA_VERSION}."
+            )
         if [score.index for score in self.layers] != list(range(len(self.layers))) or not self.layers:
             raise EvlaError("The layers of an importance file must be listed in order: 0, 1, 2, ...")
 
@@ -93,7 +95,11 @@ class PrunePlan:
         if len(self.mlp_keep) != len(kept) or len({len(channels) for channels in self.mlp_keep}) != 1:
             raise EvlaError("mlp_keep must list the same number of channels for every kept layer.")
         for channels in self.mlp_keep:
-            if not channels or list(channels) != sorted(set(channels)) or not 0 <= channels[0] <= channels[-1] < self.intermediate_size:
+            if (
+                not channels
+                or list(channels) != sorted(set(channels))
+                or not 0 <= channels[0] <= channels[-1] < self.intermediate_size
+            ):
                 raise EvlaError(f"mlp_keep must hold ascending channels from 0 to {self.intermediate_size - 1}.")
 
     @property

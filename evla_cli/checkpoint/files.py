@@ -1,4 +1,4 @@
-"""Files around the weights: JSON and YAML read with clear errors, hashes, and directories that appear whole or not at all."""
+"""Files around the weights: JSON and YAML with clear errors, hashes, directories that appear whole or not at all."""
 
 import hashlib
 import json

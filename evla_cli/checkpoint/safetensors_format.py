@@ -87,7 +87,7 @@ def write_safetensors(
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row-major order, without a copy where it is contiguous already."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
@@ -120,5 +120,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name appears twice")
     return result
-
-

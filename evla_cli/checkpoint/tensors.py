@@ -12,7 +12,7 @@ from evla_cli.errors import EvlaError
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """What a tensor is (dtype, shape) and how to get it. `load` may return a view of a mapped file: do not write to it."""
+    """What a tensor is and how to get it. `load` may return a view of a mapped file: do not write to it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,7 +44,9 @@ def load_finite(name: str, lazy: LazyTensor) -> Tensor:
     tensor = lazy.load()
     if tensor.shape != lazy.shape or tensor.dtype != lazy.dtype:
         raise AssertionError(f"{name} loads as {tensor.dtype} {tuple(tensor.shape)}, announced as {lazy}")
-    if tensor.dtype.is_floating_point and not all(bool(part.isfinite().all()) for part in tensor.flatten().split(2**24)):
+    if tensor.dtype.is_floating_point and not all(
+        bool(part.isfinite().all()) for part in tensor.flatten().split(2**24)
+    ):
         raise EvlaError(f"{name} holds NaN or infinite values: the checkpoint is damaged or its training diverged.")
     return tensor
 

@@ -89,7 +89,7 @@ def write_torch(
     others: dict[str, Any] | None = None,
     on_bytes: Callable[[int], Any] | None = None,
 ) -> None:
-    """Write nested dicts of tensors as `torch.save` would, one tensor at a time; the bytes depend on the input alone."""
+    """Write nested dicts of tensors as `torch.save` would, one tensor at a time; same input, same bytes."""
     tree: dict[str, Any] = {}
     keys: dict[str, int] = {}
     for number, (name, lazy) in enumerate(tensors.items()):
@@ -255,8 +255,8 @@ class _TensorPickler(pickle.Pickler):
         if isinstance(obj, _TensorRecord):
             shape = obj.lazy.shape
             storage = _StorageRecord(obj.lazy, obj.key)
-            arguments = (storage, 0, shape, _row_major(shape), False, OrderedDict())
-            return torch._utils._rebuild_tensor_v2, arguments
+            hooks: OrderedDict[str, Any] = OrderedDict()
+            return torch._utils._rebuild_tensor_v2, (storage, 0, shape, _row_major(shape), False, hooks)
         return NotImplemented
 
     def persistent_id(self, obj: Any) -> Any:

@@ -132,5 +132,8 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], weights: LazyTensors,
             raise EvlaError(f"{where}: {name} has shape {list(weights[name].shape)}, the model needs {list(shape)}.")
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+
+
 def find_tokenizer(*directories: Path) -> Path | None:
     return next((directory for directory in directories if (directory / "tokenizer.json").is_file()), None)

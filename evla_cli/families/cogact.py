@@ -2,8 +2,9 @@
 
 A native file nests `{"model": {part: {name: tensor}}}` and names the towers as timm does. `NativeNames` maps it to and
 from the names of `CogACTForActionPrediction`, tensor by tensor and without loss. Sizes are read off the tensors. What
-tensors cannot tell is the number of attention heads: known for the published sizes, else read from `llm_config/config.json`
-(language model) and from `config.json` (`{"evla": {"num_attention_heads": {"dino": 3, "siglip": 3, "action_model": 4}}}`).
+tensors cannot tell is the number of attention heads: known for the published sizes, else read from
+`llm_config/config.json` (language model) and from `config.json`
+(`{"evla": {"num_attention_heads": {"dino": 3, "siglip": 3, "action_model": 4}}}`).
 """
 
 import re
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from evla_cli.checkpoint.files import copy_file, read_json, write_json, write_text
-from evla_cli.checkpoint.reader import CheckpointReader, open_torch_checkpoint
+from evla_cli.checkpoint.reader import open_torch_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.checkpoint.torch_format import write_torch
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import Checkpoint, ModelFamily, find_tokenizer, prune_config
+from evla_cli.families.base import TOKENIZER_FILES, Checkpoint, ModelFamily, find_tokenizer, prune_config
 from evla_cli.families.huggingface import copy_other_files, open_huggingface
 from evla_cli.plan import PrunePlan
 
@@ -65,7 +66,9 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
 def _open_native(run: Path, file: Path) -> Checkpoint:
     for name in ("config.json", "dataset_statistics.json"):
         if not (run / name).is_file():
-            raise EvlaError(f"{run} lacks {name}, which every CogACT run has; copy it from where the model was trained.")
+            raise EvlaError(
+                f"{run} lacks {name}, which every CogACT run has; copy it from where the model was trained."
+            )
     run_config = read_json(run / "config.json")
     if "vla" not in run_config:
         raise EvlaError(f"{run / 'config.json'} has no 'vla' entry: not the config of a CogACT run.")
@@ -173,7 +176,9 @@ def _rules(config: dict[str, Any]) -> Iterator[_Rule]:
         ours, theirs = f"encoder.layer.{i}", f"blocks.{i}"
         yield from split("dino", tuple(f"{ours}.attention.{name}_proj" for name in "qkv"), f"{theirs}.attn.qkv")
         yield from same("dino", {f"{ours}.attention.o_proj": f"{theirs}.attn.proj"})
-        yield from same("dino", {f"{ours}.{name}": f"{theirs}.{name}" for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")})
+        yield from same(
+            "dino", {f"{ours}.{name}": f"{theirs}.{name}" for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
+        )
         yield bare("dino", f"{ours}.layer_scale1.lambda1", f"{theirs}.ls1.gamma")
         yield bare("dino", f"{ours}.layer_scale2.lambda1", f"{theirs}.ls2.gamma")
     yield from same("dino", {"layernorm": "norm"})
@@ -252,7 +257,9 @@ def _join(tensors: list[LazyTensor]) -> LazyTensor:
 # Config
 
 
-def infer_config(run: Path, native: LazyTensors, run_config: dict[str, Any], norm_stats: dict[str, Any]) -> dict[str, Any]:
+def infer_config(
+    run: Path, native: LazyTensors, run_config: dict[str, Any], norm_stats: dict[str, Any]
+) -> dict[str, Any]:
     """The model's config from the shapes of a native checkpoint and the files beside it."""
     heads = run_config.get("evla", {}).get("num_attention_heads", {})
     shape = _ShapeReader(native, run)
@@ -272,7 +279,9 @@ def infer_config(run: Path, native: LazyTensors, run_config: dict[str, Any], nor
         },
         "siglip_config": _tower(shape, siglip)
         | {
-            "num_attention_heads": _num_heads(run, "siglip", _tower(shape, siglip)["hidden_size"], heads, _SIGLIP_HEADS),
+            "num_attention_heads": _num_heads(
+                run, "siglip", _tower(shape, siglip)["hidden_size"], heads, _SIGLIP_HEADS
+            ),
             "intermediate_size": shape(f"{siglip}.blocks.0.mlp.fc1.weight", 2)[0],
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-6,
@@ -398,7 +407,7 @@ def _write_native(
     write_torch(dest / "checkpoints" / file, tensors, paths, others, on_bytes)
     write_llm_config(dest / "llm_config", prune_config(source.config, COGACT.config_path, plan)["text_config"])
     if source.tokenizer_dir is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
+        for name in TOKENIZER_FILES:
             if (source.tokenizer_dir / name).is_file():
                 copy_file(source.tokenizer_dir / name, dest / "llm_config" / name)
     write_text(dest / "LOADING.md", _LOADING.format(file=file))
@@ -413,15 +422,15 @@ def write_llm_config(directory: Path, text_config: dict[str, Any]) -> None:
 
 
 _LOADING = """\
-CogACT's own code takes the language model's config from `meta-llama/Llama-2-7b-hf`, whatever the checkpoint holds. These
-lines make it take the pruned one (run them with this directory as the working directory):
+CogACT's own code takes the language model's config from `meta-llama/Llama-2-7b-hf`, whatever the checkpoint holds.
+These lines make it take the pruned one (run them with this directory as the working directory):
 
     from prismatic.models.backbones.llm import llama2
     llama2.LLAMA2_MODELS["llama2-7b-pure"]["hf_hub_path"] = "llm_config"
     vla = load_vla("checkpoints/{file}", load_for_training=False, action_model_type="DiT-B")
 
-`llm_config/` must also hold the tokenizer (tokenizer.json, tokenizer_config.json and the rest of the Llama-2 tokenizer's
-files); copy them there if the original checkpoint came without. Use the original checkpoint's action_model_type.
+`llm_config/` must also hold the tokenizer (tokenizer.json, tokenizer_config.json and the rest of the Llama-2
+tokenizer's files); copy them there if the original checkpoint came without. Use the original's action_model_type.
 """
 
 
@@ -434,19 +443,21 @@ def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
     return CogACTConfig(**{key: value for key, value in config.items() if key != "model_type"})
 
 
-def _build_model(config: "PretrainedConfig") -> "PreTrainedModel":
+def _build_model(config: Any) -> "PreTrainedModel":
     from evla_cli.models.cogact import CogACTForActionPrediction
 
     return CogACTForActionPrediction(config)
 
 
-def _embed(model: "PreTrainedModel", samples: "list[Sample]", tokenizer_dir: Path) -> "Tensor":
+def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path) -> "Tensor":
     from evla_cli.models.processing import CogACTProcessor
 
     inputs = CogACTProcessor(model.config, tokenizer_dir)([s.image for s in samples], [s.instruction for s in samples])
-    inputs = inputs.to(model.projector.projector[0].weight)
+    inputs = inputs.to(next(model.projector.parameters()))
     mask = model.expand_mask(inputs.attention_mask, inputs.input_ids)
-    model.language_model.model(inputs_embeds=model.embed_inputs(*inputs.arguments()), attention_mask=mask, use_cache=False)
+    model.language_model.model(
+        inputs_embeds=model.embed_inputs(*inputs.arguments()), attention_mask=mask, use_cache=False
+    )
     return mask
 
 
@@ -467,5 +478,3 @@ COGACT = ModelFamily(
     sample_kind="image",
     has_action_head=True,
 )
-
-__all__ = ["COGACT", "CheckpointReader", "NativeNames", "infer_config", "native_paths", "open_checkpoint"]

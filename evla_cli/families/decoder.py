@@ -59,7 +59,7 @@ def _build_model(config: "PretrainedConfig") -> "PreTrainedModel":
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def _embed(model: "PreTrainedModel", samples: "list[Sample]", tokenizer_dir: Path) -> "torch.Tensor":
+def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path) -> "torch.Tensor | None":
     from evla_cli.models.processing import load_tokenizer, pad_right
 
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -73,7 +73,12 @@ DECODER = ModelFamily(
     name="decoder",
     decoder="model",
     config_path=(),
-    parts={"embeddings": "model.embed_tokens", "decoder layers": "model.layers", "final norm": "model.norm", "lm_head": "lm_head"},
+    parts={
+        "embeddings": "model.embed_tokens",
+        "decoder layers": "model.layers",
+        "final norm": "model.norm",
+        "lm_head": "lm_head",
+    },
     build_config=_build_config,
     build_model=_build_model,
     embed=_embed,

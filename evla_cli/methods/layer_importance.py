@@ -1,4 +1,4 @@
-"""How much each decoder layer does: 1 - mean cosine of its input and its output (EfficientVLA, arXiv 2506.10100, Eq. 1).
+"""How much each decoder layer does: 1 - mean cosine of its input and output (EfficientVLA, arXiv 2506.10100, Eq. 1).
 
 Letters used here: B batch, T positions, D hidden size.
 """
@@ -34,7 +34,9 @@ def importance_and_error(similarities: Sequence[float]) -> tuple[float, float | 
     return 1.0 - mean, math.sqrt(variance / count)
 
 
-def measure_layer(layer: torch.nn.Module, batches: list[tuple[Tensor, Tensor | None, dict]]) -> tuple[list[float], list[Tensor]]:
+def measure_layer(
+    layer: torch.nn.Module, batches: list[tuple[Tensor, Tensor | None, dict]]
+) -> tuple[list[float], list[Tensor]]:
     """Push every batch through one layer.
 
     Args:

@@ -14,9 +14,10 @@ Letters: L layers, F intermediate size, D hidden size, K rows kept, B spectral b
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ def train_policy(
         if episode < episodes:
             sweeps.append(chosen.train_episode(policy, optimizer, layers, episode, discount, num_samples))
         else:
-            sweeps.append([layers.choose(visit, policy(visit.features)) for visit in layers.visits()])
+            sweeps.append(layers.sweep(lambda visit: layers.choose(visit, policy(visit.features))))
         if _mean_reward(sweeps[episode]) > _mean_reward(sweeps[best_episode]):
             best_policy, best_episode = before, episode
 
@@ -157,7 +158,7 @@ class Policy(nn.Module):
 
 
 class PruneNetPolicy(Policy):
-    """The published policy: a linear map from hidden to intermediate size, then one vector. It sees the rows as such."""
+    """The published policy: a linear map from hidden to intermediate size, then one vector. It sees the row itself."""
 
     def __init__(self, intermediate_size: int, hidden_size: int, generator: torch.Generator):
         super().__init__()
@@ -176,7 +177,7 @@ class PruneNetPolicy(Policy):
 
 
 class SpectralPolicy(Policy):
-    """One weight per band of the spectrum, shared by all layers; a row is seen as its standardised shares in the bands."""
+    """One weight per band of the spectrum, shared by all layers. It sees a row's standardised shares in the bands."""
 
     def __init__(self, intermediate_size: int, hidden_size: int, generator: torch.Generator):
         super().__init__()
@@ -196,8 +197,8 @@ def spectral_shares(matrix: Tensor, num_bands: int) -> Tensor:
     """How much each row carries of every band of the matrix's spectrum, relative to the average row: (F, D) -> (F, B).
 
     With W = U S V^T, the share of row j in a band is the mean of F * U[j, i]^2 over the band's singular values i; over
-    all bands together it is the row's leverage score. It ignores the row's sign, the matrix's scale, and any rotation of
-    the hidden space, as the singular values do, so that one policy can serve all layers.
+    all bands together it is the row's leverage score. It ignores the row's sign, the matrix's scale, and any rotation
+    of the hidden space, as the singular values do, so that one policy can serve all layers.
     """
     num_rows, num_columns = matrix.shape
     values, vectors = torch.linalg.eigh(matrix.T @ matrix)  # ascending
@@ -272,43 +273,51 @@ def _noise_floor(eigenvalues: Tensor) -> Tensor:
 
 def _train_spectral(policy, optimizer, layers, episode, discount, num_samples) -> list["_Choice"]:
     """One REINFORCE step: the policy is fixed over the sweep, every layer is drawn several times and read once."""
-    sweep, objective = [], torch.zeros((), dtype=policy.dtype)
-    for visit in layers.visits():
+    objective = torch.zeros((), dtype=policy.dtype)
+
+    def step(visit: _Visit) -> _Choice:
+        nonlocal objective
         scores = policy(visit.features)
-        sweep.append(layers.choose(visit, scores))
-        draws = [
-            layers.choose(visit, scores + _logistic_noise(scores, layers.seed, episode, visit.layer, sample))
-            for sample in range(num_samples)
-        ]
-        # Relaxed-Bernoulli noise and the top K: row j stays with probability p_j = sigmoid(score_j - t), and the score
-        # function of the draw is sum_j (kept_j - p_j) d score_j (Pareto sampling, Rosen 1997). The baseline is the mean
-        # of the layer's other draws; the advantages then sum to zero and p drops out.
+        paths = [(layers.seed, episode, visit.layer, sample) for sample in range(num_samples)]
+        draws = [layers.choose(visit, _with_relaxed_bernoulli_noise(scores, *path)) for path in paths]
+        # Under relaxed-Bernoulli noise row j is among the top K with probability p_j = sigmoid(score_j - t), and the
+        # score function of the draw is sum_j (kept_j - p_j) d score_j (Pareto sampling, Rosen 1997). The baseline is
+        # the mean of the layer's other draws; the advantages then sum to zero, and p drops out.
         total = sum(draw.reward for draw in draws)
         for draw in draws:
             advantage = (draw.reward - (total - draw.reward) / (num_samples - 1)) / num_samples
             objective = objective + discount**visit.layer * advantage * scores[draw.rows].sum()
-    _ascend(policy, optimizer, objective / len(sweep))
-    return sweep
+        return layers.choose(visit, scores)
+
+    choices = layers.sweep(step)
+    _ascend(policy, optimizer, objective / len(choices))
+    return choices
 
 
 def _train_paper(policy, optimizer, layers, episode, discount, num_samples) -> list["_Choice"]:
-    """The published episode: one draw per layer with the policy fixed, then one step per layer on its discounted reward."""
-    sweep, draws = [], []
-    with torch.no_grad():
-        for visit in layers.visits():
-            scores = policy(visit.features)
-            sweep.append(layers.choose(visit, scores))
-            # log(alpha) - log(1 - alpha) of the published code is the score itself, without its NaN when alpha is 1.
-            keep = nn.functional.logsigmoid(scores + _logistic_noise(scores, layers.seed, episode, visit.layer, 0))
-            uniform = _uniform(scores, layers.seed, episode, visit.layer, 1)
-            draws.append(
-                layers.choose(visit, keep - (-uniform.log()).log())
-            )  # K rows without replacement: Gumbel top K
-    for visit, draw in zip(layers.visits(), draws, strict=True):
+    """The published episode: one draw per layer with the policy fixed, then one step per layer, in order."""
+    draws: list[_Choice] = []
+
+    @torch.no_grad()
+    def draw(visit: _Visit) -> _Choice:
+        path = (layers.seed, episode, visit.layer)
         scores = policy(visit.features)
-        keep = nn.functional.logsigmoid(scores + _logistic_noise(scores, layers.seed, episode, visit.layer, 2))
-        _ascend(policy, optimizer, keep[draw.rows].sum() * discount**visit.layer * draw.reward)
-    return sweep
+        # log(alpha) - log(1 - alpha) of the published code is the score itself, without its NaN when alpha is 1.
+        keep = nn.functional.logsigmoid(_with_relaxed_bernoulli_noise(scores, *path, "noise"))
+        # K rows in proportion to keep, without replacement, are the top K under Gumbel noise.
+        gumbel = -torch.log(-torch.log(_uniform(keep.numel(), *path, "draw")))
+        draws.append(layers.choose(visit, keep + gumbel.to(keep.dtype)))
+        return layers.choose(visit, scores)
+
+    def step(visit: _Visit) -> None:
+        path = (layers.seed, episode, visit.layer)
+        keep = nn.functional.logsigmoid(_with_relaxed_bernoulli_noise(policy(visit.features), *path, "loss"))
+        drawn = draws[visit.layer]
+        _ascend(policy, optimizer, keep[drawn.rows].sum() * discount**visit.layer * drawn.reward)
+
+    choices = layers.sweep(draw)
+    layers.sweep(step)
+    return choices
 
 
 @dataclass(frozen=True)
@@ -333,15 +342,13 @@ def _ascend(policy: Policy, optimizer: torch.optim.Optimizer, objective: Tensor)
     optimizer.step()
 
 
-def _uniform(like: Tensor, *path: object) -> Tensor:
-    """Uniform draws inside (0, 1), a function of seed, episode, layer and draw alone."""
-    return (
-        torch.rand(like.shape, generator=_generator(*path), dtype=torch.float64).clamp(1e-12, 1 - 1e-12).to(like.dtype)
-    )
+def _uniform(num: int, *path: object) -> Tensor:
+    """Draws inside (0, 1), float64, that depend on seed, episode, layer and draw alone."""
+    return torch.rand(num, generator=_generator(*path), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
 
 
-def _logistic_noise(like: Tensor, *path: object) -> Tensor:
-    return torch.logit(_uniform(like, *path))
+def _with_relaxed_bernoulli_noise(scores: Tensor, *path: object) -> Tensor:
+    return scores + torch.logit(_uniform(scores.numel(), *path)).to(scores.dtype)
 
 
 def _generator(*path: object) -> torch.Generator:
@@ -380,12 +387,14 @@ class _Layers:
         self._spectra: dict[int, Tensor] = {}
         self._features: dict[int, Tensor] = {}
 
-    def visits(self) -> Iterator[_Visit]:
+    def sweep(self, step: Callable[[_Visit], Any]) -> list[Any]:
+        results = []
         for layer in range(self.num_layers):
-            yield self._visit(layer)
+            results.append(step(self._visit(layer)))  # the visit, and with it the matrix, ends with the call
             self._num_visits += 1
             if self.on_visit is not None:
                 self.on_visit(self._num_visits)
+        return results
 
     def choose(self, visit: _Visit, scores: Tensor) -> _Choice:
         rows = top_rows(scores.detach(), self.num_keep)
@@ -395,11 +404,13 @@ class _Layers:
 
     def reference_rows(self) -> tuple[list[_Choice], list[_Choice]]:
         """Uniformly random rows, and the rows of largest norm."""
-        random, magnitude = [], []
-        for visit in self.visits():
-            random.append(self.choose(visit, _uniform(visit.energy, self.seed, "random", visit.layer)))
-            magnitude.append(self.choose(visit, visit.energy))
-        return random, magnitude
+
+        def both(visit: _Visit) -> tuple[_Choice, _Choice]:
+            noise = _uniform(visit.energy.numel(), self.seed, "random", visit.layer)
+            return self.choose(visit, noise), self.choose(visit, visit.energy)
+
+        pairs = self.sweep(both)
+        return [random for random, _ in pairs], [magnitude for _, magnitude in pairs]
 
     def _visit(self, layer: int) -> _Visit:
         matrix = self.read_matrix(layer).to(self.dtype)

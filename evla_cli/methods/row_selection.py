@@ -34,7 +34,12 @@ def _prunenet(
 
     result = train_policy(lambda at: read_mlp(layers[at])[0], len(layers), num_keep, seed=seed, progress=on_step)
     report = result.report
-    kinds = {"untrained": report.before, "prunenet": report.after, "random": report.random, "magnitude": report.magnitude}
+    kinds = {
+        "untrained": report.before,
+        "prunenet": report.after,
+        "random": report.random,
+        "magnitude": report.magnitude,
+    }
     facts = {"mean_ks_distance": {name: round(quality.mean_ks, 6) for name, quality in kinds.items()}}
     return tuple(tuple(rows.tolist()) for rows in result.rows), facts
 

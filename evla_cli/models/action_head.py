@@ -131,7 +131,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000) * exponents).to(timesteps.device)
         angles = timesteps[:, None].float() * frequencies  # (B, 128)
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class ConditionEmbedder(nn.Module):

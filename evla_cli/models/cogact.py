@@ -47,12 +47,12 @@ class CogACTConfig(PreTrainedConfig):
         "action_config": ActionHeadConfig,
     }
 
-    dino_config: dict | PreTrainedConfig | None = None
-    siglip_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    action_config: dict | PreTrainedConfig | None = None
-    norm_stats: dict[str, Any] | None = None
-    projector_hidden_size: int | None = None
+    dino_config: Any = None
+    siglip_config: Any = None
+    text_config: Any = None
+    action_config: Any = None
+    norm_stats: Any = None
+    projector_hidden_size: Any = None
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
@@ -78,6 +78,7 @@ class CogACTForActionPrediction(PreTrainedModel):
     def __init__(self, config: CogACTConfig):
         super().__init__(config)
         vision_width = config.dino_config.hidden_size + config.siglip_config.hidden_size
+        self.config: CogACTConfig
         self.dino = Dinov2WithRegistersModel(config.dino_config)
         self.siglip = SiglipVisionModel(config.siglip_config)
         self.projector = Projector(vision_width, config.projector_hidden_size, config.text_config.hidden_size)

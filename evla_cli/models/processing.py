@@ -30,12 +30,14 @@ class CogACTInputs:
         input_ids: (B, T), padded on the right.
         dino_pixels, siglip_pixels: (B, 3, S, S).
         attention_mask: (B, T), or None where nothing is padding.
+        instruction_mask: (B, T), 1 for the tokens of the instruction itself, without the words around it.
     """
 
     input_ids: Tensor
     dino_pixels: Tensor
     siglip_pixels: Tensor
     attention_mask: Tensor | None
+    instruction_mask: Tensor
 
     def to(self, like: Tensor) -> "CogACTInputs":
         """On the device of `like`, pixels in its dtype."""
@@ -46,6 +48,7 @@ class CogACTInputs:
             dino_pixels=self.dino_pixels.to(like),
             siglip_pixels=self.siglip_pixels.to(like),
             attention_mask=None if mask is None else mask.to(like.device),
+            instruction_mask=self.instruction_mask.to(like.device),
         )
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,17 +71,26 @@ class CogACTProcessor:
             )
 
     def __call__(self, images: list[Image.Image], instructions: list[str]) -> CogACTInputs:
-        input_ids, mask = pad_right([self.prompt_ids(instruction) for instruction in instructions])
+        prompts = [self.prompt(instruction) for instruction in instructions]
+        input_ids, mask = pad_right([ids for ids, _ in prompts])
+        instruction_mask, _ = pad_right([marks for _, marks in prompts])
         dino = torch.stack([image_tensor(image, self.dino_size, _IMAGENET_MEAN, _IMAGENET_STD) for image in images])
         siglip = torch.stack([image_tensor(image, self.siglip_size, _SIGLIP_MEAN, _SIGLIP_STD) for image in images])
-        return CogACTInputs(input_ids, dino, siglip, mask)
+        return CogACTInputs(input_ids, dino, siglip, mask, instruction_mask)
 
-    def prompt_ids(self, instruction: str) -> list[int]:
-        """BOS, the prompt, and the two suffix tokens."""
-        ids = self.tokenizer.encode(_PROMPT.format(instruction.lower())).ids
+    def prompt(self, instruction: str) -> tuple[list[int], list[int]]:
+        """Token ids (BOS, the prompt, the two suffix tokens), and a 1 for each that belongs to the instruction."""
+        if not instruction.strip():
+            raise EvlaError("The instruction is empty.")
+        text = _PROMPT.format(instruction.lower())
+        begin = _PROMPT.index("{}")
+        end = begin + len(instruction.lower())
+        encoding = self.tokenizer.encode(text)
+        ids = encoding.ids
+        marks = [int(first < end and last > begin and last > first) for first, last in encoding.offsets]
         if ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
-        return ids + self.suffix_ids
+            ids, marks = [self.bos_id, *ids], [0, *marks]
+        return ids + self.suffix_ids, marks + [0] * len(self.suffix_ids)
 
     def _token_id(self, token: str, where: Path) -> int:
         token_id = self.tokenizer.token_to_id(token)
@@ -126,3 +138,20 @@ def to_image(image: Any) -> Image.Image:
             f"An image must be a PIL image or a uint8 array (height, width, 3), got {array.dtype} {array.shape}."
         )
     return Image.fromarray(array)
+
+
+_GRIPPER = 6  # CogACT's seventh action dimension is open or closed, whatever its statistics say
+
+
+def unnormalize_actions(normalized: np.ndarray, stats: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The robot's units, and the normalised actions as clipped: (B, H, A) float -> two (B, H, A) float64.
+
+    CogACT's rule: clip to [-1, 1]; gripper 0 below 0.5, else 1; q01 and q99 are what -1 and 1 stand for where the
+    mask is true; the others stay as they are.
+    """
+    clipped = np.clip(normalized.astype(np.float64), -1.0, 1.0)
+    if clipped.shape[-1] > _GRIPPER:
+        clipped[..., _GRIPPER] = np.where(clipped[..., _GRIPPER] < 0.5, 0.0, 1.0)
+    low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
+    scaled = 0.5 * (clipped + 1) * (high - low) + low
+    return np.where(np.asarray(stats["mask"]), scaled, clipped), clipped

@@ -50,7 +50,7 @@ class DecoderStream:
     ):
         self._checkpoint, self._dtype, self._device, self._on_bytes = checkpoint, dtype, device, on_bytes
         self._model = build_skeleton(checkpoint.family, checkpoint.config)
-        decoder = self._model.get_submodule(checkpoint.family.decoder)
+        decoder: Any = self._model.get_submodule(checkpoint.family.decoder)
         self._layers = list(decoder.layers)
         self.batches = [
             self._record(decoder, list(samples[start : start + batch_size]))
@@ -78,8 +78,8 @@ class DecoderStream:
 
     def _record(self, decoder: nn.Module, samples: list[Sample]) -> Batch:
         """One batch through everything before the decoder, and the arguments of every layer."""
-        recorders = nn.ModuleList(_Recorder() for _ in self._layers)
-        decoder.layers = recorders
+        recorders = [_Recorder() for _ in self._layers]
+        decoder.layers = nn.ModuleList(recorders)
         self._load_everything_but_layers()
         assert self._checkpoint.tokenizer_dir is not None
         try:

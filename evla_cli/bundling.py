@@ -1,0 +1,88 @@
+"""Self-contained bundles: everything a robot process needs in one directory, written and verified."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from evla_cli.checkpoint.bundle import SETTINGS, differing_files, open_bundle, write_manifest
+from evla_cli.checkpoint.files import copy_file, write_json, write_text, write_yaml
+from evla_cli.checkpoint.tensors import load_finite, total_bytes, total_elements
+from evla_cli.errors import CheckFailed
+from evla_cli.families import open_checkpoint
+from evla_cli.families.base import TOKENIZER_FILES, Checkpoint, check_weights
+from evla_cli.models.skeleton import build_skeleton, expected_shapes
+from evla_cli.progress import progress_bar
+from evla_cli.settings import InferenceSettings
+
+
+def write_bundle_files(checkpoint: Checkpoint, dest: Path, settings: InferenceSettings) -> None:
+    """Everything in a bundle but the weights; the manifest last, since it hashes the rest."""
+    assert checkpoint.tokenizer_dir is not None
+    write_json(dest / "config.json", checkpoint.config)
+    write_yaml(dest / SETTINGS, settings.to_record(), "How evla's runtime runs this model; every key: docs/files.md.")
+    for name in TOKENIZER_FILES:
+        if (checkpoint.tokenizer_dir / name).is_file():
+            copy_file(checkpoint.tokenizer_dir / name, dest / name)
+    copy_file(checkpoint.root / "dataset_statistics.json", dest / "dataset_statistics.json")
+    provenance: dict[str, Any] = {
+        "libraries": {name: version(name) for name in ("torch", "transformers")},
+        "source": {
+            "family": checkpoint.family.name,
+            "layout": checkpoint.layout,
+            "checkpoint_sha256": checkpoint.reader.sha256,
+        },
+    }
+    if (checkpoint.root / "prune_plan.yaml").is_file():
+        copy_file(checkpoint.root / "prune_plan.yaml", dest / "prune_plan.yaml")
+    write_text(dest / "README.md", _readme(checkpoint, settings))
+    write_manifest(dest, provenance)
+
+
+def verify_bundle(root: Path, check_hashes: bool = True) -> dict[str, Any]:
+    """All that can be wrong with a bundle: files and hashes, weights against the model, settings against both."""
+    bundle = open_bundle(root)
+    if check_hashes:
+        changed = differing_files(bundle)
+        if changed:
+            raise CheckFailed(f"{root}: {len(changed)} files differ from the manifest (first: {changed[0]}).")
+    checkpoint = open_checkpoint(root)
+    check_weights(expected_shapes(build_skeleton(checkpoint.family, checkpoint.config)), checkpoint.weights, root)
+    check_settings(InferenceSettings.load(root / SETTINGS), checkpoint)
+    with progress_bar("verifying", len(checkpoint.weights), "tensor") as bar:
+        for name, lazy in checkpoint.weights.items():
+            load_finite(name, lazy)
+            bar.update()
+    return {"files": len(bundle.files), "tensors": len(checkpoint.weights), "bytes": total_bytes(checkpoint.weights)}
+
+
+def check_settings(settings: InferenceSettings, checkpoint: Checkpoint) -> None:
+    config = checkpoint.family.build_config(checkpoint.config)
+    settings.check(
+        config.num_visual_tokens,
+        checkpoint.num_layers,
+        config.action_config.num_hidden_layers,
+        config.action_config.num_train_steps,
+    )
+
+
+def _readme(checkpoint: Checkpoint, settings: InferenceSettings) -> str:
+    tokens, cache, diffusion = settings.visual_tokens, settings.action_cache, settings.diffusion
+    return f"""\
+# A compressed {checkpoint.family.name} policy
+
+Made by `evla export`. {total_elements(checkpoint.weights) / 1e6:,.1f} M parameters; {checkpoint.num_layers} decoder
+layers with an MLP width of {checkpoint.intermediate_size}; {tokens.num_keep or "all"} visual tokens kept;
+{diffusion.num_denoise_steps} denoising steps, the action head computed every {cache.interval}.
+
+    import evla_cli
+    policy = evla_cli.load_policy("path/to/this/directory")
+    actions = policy.predict_action(image, "pick up the red block")  # (horizon, action_dim), in the robot's units
+
+| file | what it is |
+|---|---|
+| `config.json`, `*.safetensors` | the model; its config also holds the statistics that un-normalise the actions |
+| `inference.yaml` | what the runtime does at inference; change it with `evla export`, so that the manifest stays true |
+| `tokenizer.json`, `dataset_statistics.json` | as they came with the source |
+| `prune_plan.yaml` | which layers and channels were removed, and why (where the source was pruned) |
+| `manifest.json` | size and SHA-256 of every file; `evla verify` checks them |
+"""

@@ -1,0 +1,71 @@
+"""The layout of an exported bundle, and its manifest: every file with size and SHA-256."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evla_cli import __version__
+from evla_cli.checkpoint.files import inside, read_json, sha256_file, write_json
+from evla_cli.errors import EvlaError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SETTINGS = "inference.yaml"
+REQUIRED = ("config.json", SETTINGS, "tokenizer.json", "dataset_statistics.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported directory whose manifest has been read."""
+
+    root: Path
+    manifest: dict[str, Any]
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        return self.manifest["files"]
+
+
+def write_manifest(root: Path, provenance: dict[str, Any]) -> None:
+    """Hash every file under `root`. No time, user or path goes in: the same content gives the same manifest."""
+    files = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            name = path.relative_to(root).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    record = {"schema_version": SCHEMA_VERSION, "evla_version": __version__, **provenance, "files": files}
+    write_json(root / MANIFEST, record)
+
+
+def open_bundle(root: Path) -> Bundle:
+    """Read the manifest and check, cheaply, that every file is there with its size."""
+    if not (root / MANIFEST).is_file():
+        raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
+    manifest = read_json(root / MANIFEST)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise EvlaError(
+            f"{root / MANIFEST} has schema {manifest.get('schema_version')}; this evla reads {SCHEMA_VERSION}."
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    ):
+        raise EvlaError(f"{root / MANIFEST} does not list its files with bytes and sha256.")
+    unlisted = [name for name in REQUIRED if name not in files]
+    if unlisted:
+        raise EvlaError(f"{root / MANIFEST} does not list {unlisted[0]}, which every bundle has.")
+    for name, entry in files.items():
+        path = inside(root, name, str(root / MANIFEST))
+        if not path.is_file():
+            raise EvlaError(f"{root} lacks {name}, which its manifest lists; copy the bundle again.")
+        if path.stat().st_size != entry["bytes"]:
+            raise EvlaError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; copy the bundle again."
+            )
+    return Bundle(root, manifest)
+
+
+def differing_files(bundle: Bundle) -> list[str]:
+    """Files whose SHA-256 is not the manifest's. Reads every byte."""
+    return [name for name, entry in bundle.files.items() if sha256_file(bundle.root / name) != entry["sha256"]]

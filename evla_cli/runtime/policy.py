@@ -1,0 +1,224 @@
+"""What a robot process imports: a bundle loaded as a policy that turns image and instruction into an action chunk.
+
+    policy = evla_cli.load_policy("bundle/")
+    actions = policy.predict_action(image, "open the drawer")      # (H, A), in the robot's units
+
+Letters used here: B batch, H action horizon, A action dim, D language-model width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evla_cli.checkpoint.bundle import SETTINGS, open_bundle
+from evla_cli.errors import EvlaError, suggest
+from evla_cli.families import open_checkpoint
+from evla_cli.methods.action_cache import ModuleCache, StackCache, cache_schedule
+from evla_cli.methods.visual_tokens import TokenSelection
+from evla_cli.models.cogact import CogACTForActionPrediction
+from evla_cli.models.diffusion import NoiseSchedule, sample_ddim, sample_ddpm
+from evla_cli.models.processing import CogACTInputs, CogACTProcessor, to_image, unnormalize_actions
+from evla_cli.models.skeleton import load_model
+from evla_cli.runtime.decoder import run_decoder
+from evla_cli.settings import InferenceSettings
+
+
+def load_policy(
+    bundle: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+) -> "Policy":
+    """Load a bundle. Needs no network and runs no code from the bundle.
+
+    Args:
+        dtype: of weights and activations; None keeps what the bundle holds.
+        seed: of the diffusion noise, see `Policy.predict_action`.
+
+    Errors: anything missing, misshapen, not finite, or settings that the model cannot obey.
+    """
+    root = Path(bundle)
+    open_bundle(root)
+    settings = InferenceSettings.load(root / SETTINGS)
+    return policy_from_checkpoint(root, settings, device=device, dtype=dtype, seed=seed)
+
+
+def policy_from_checkpoint(
+    source: Path,
+    settings: InferenceSettings | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> "Policy":
+    """A policy from any checkpoint with an action head, bundle or not, with the given settings (default: neutral)."""
+    checkpoint = open_checkpoint(source)
+    if not checkpoint.family.has_action_head:
+        raise EvlaError(f"{source} has no action head: only a vision-language-action model can act.")
+    if checkpoint.tokenizer_dir is None:
+        raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
+    model = load_model(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root, dtype, device)
+    assert isinstance(model, CogACTForActionPrediction)
+    processor = CogACTProcessor(model.config, checkpoint.tokenizer_dir)
+    return Policy(model, processor, settings or InferenceSettings(), seed)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """
+    Attributes:
+        actions: (B, H, A), float64, in the robot's units.
+        normalized_actions: (B, H, A), in [-1, 1], gripper 0 or 1.
+        cognition: (B, 1, D), what the action head was given.
+        selection: the visual tokens that were kept and why; None if all were.
+    """
+
+    actions: np.ndarray
+    normalized_actions: np.ndarray
+    cognition: Tensor
+    selection: TokenSelection | None
+
+
+class Policy:
+    """A model, its preprocessing, and settings that hold for this object alone."""
+
+    def __init__(
+        self, model: CogACTForActionPrediction, processor: CogACTProcessor, settings: InferenceSettings, seed: int = 0
+    ):
+        config = model.config
+        settings.check(
+            config.num_visual_tokens,
+            config.text_config.num_hidden_layers,
+            config.action_config.num_hidden_layers,
+            config.action_config.num_train_steps,
+        )
+        self.model, self.processor, self.settings = model, processor, settings
+        self.noise_schedule = NoiseSchedule.squared_cosine(config.action_config.num_train_steps)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def with_settings(self, settings: InferenceSettings, seed: int = 0) -> "Policy":
+        """The same weights under other settings."""
+        return Policy(self.model, self.processor, settings, seed)
+
+    def predict_action(
+        self, image: Any, instruction: str, *, unnorm_key: str | None = None, seed: int | None = None
+    ) -> np.ndarray:
+        """One action chunk, (H, A), float64, in the robot's units.
+
+        Args:
+            image: PIL image or uint8 array (height, width, 3), RGB.
+            unnorm_key: whose statistics un-normalise; may be left out where the model knows one dataset.
+            seed: of this call's noise; None draws on the policy's own stream, so that two calls differ.
+        """
+        generator = self._generator if seed is None else torch.Generator().manual_seed(seed)
+        noise = self.draw_noise(1, generator)
+        return self.predict([image], [instruction], unnorm_key=unnorm_key, noise=noise).actions[0]
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        images: Sequence[Any],
+        instructions: Sequence[str],
+        *,
+        unnorm_key: str | None = None,
+        noise: Tensor | None = None,
+    ) -> Prediction:
+        """A batch. `noise` (B, H, A) is what denoising starts from; drawn from the policy's stream if left out."""
+        stats = self.action_stats(unnorm_key)
+        if len(images) != len(instructions) or not images:
+            raise EvlaError(
+                f"{len(images)} images and {len(instructions)} instructions; give as many of both, at least one."
+            )
+        inputs = self.prepare(images, instructions)
+        noise = self.draw_noise(len(images), self._generator) if noise is None else noise
+        cognition, selection = self.think(inputs, self.see(inputs))
+        normalized = self.act(cognition, noise)
+        actions, clipped = unnormalize_actions(normalized.float().cpu().numpy(), stats)
+        return Prediction(actions, clipped, cognition, selection)
+
+    # The stages of one prediction, in order.
+
+    def prepare(self, images: Sequence[Any], instructions: Sequence[str]) -> CogACTInputs:
+        inputs = self.processor([to_image(image) for image in images], list(instructions))
+        return inputs.to(next(self.model.projector.parameters()))
+
+    def see(self, inputs: CogACTInputs) -> Tensor:
+        """Vision towers, projector and prompt: the decoder's input, (B, T, D)."""
+        return self.model.embed_inputs(*inputs.arguments())
+
+    def think(self, inputs: CogACTInputs, inputs_embeds: Tensor) -> tuple[Tensor, TokenSelection | None]:
+        """The cognition token, (B, 1, D)."""
+        hidden_states, mask, selection = run_decoder(
+            self.model.language_model.model,
+            inputs_embeds,
+            self.model.expand_mask(inputs.attention_mask, inputs.input_ids),
+            self._context(inputs),
+            self.model.config.num_visual_tokens,
+            self.settings.visual_tokens,
+        )
+        return self.model.cognition_token(hidden_states, mask), selection
+
+    def act(self, cognition: Tensor, noise: Tensor) -> Tensor:
+        """Denoise an action chunk: (B, 1, D) and noise (B, H, A) -> normalised actions (B, H, A)."""
+        head, diffusion = self.model.action_head, self.settings.diffusion
+        guided = diffusion.cfg_scale > 1.0
+        weight = head.x_embedder.linear.weight
+        condition = cognition.to(weight.dtype)
+        if guided:  # rows [0, B) see the cognition token, rows [B, 2B) the null condition: one batch, one cache
+            condition = torch.cat((condition, head.null_condition(len(condition))))
+        num_steps = diffusion.num_denoise_steps
+        if diffusion.sampler == "ddpm":
+            num_steps = len(self.noise_schedule.alphas_cumprod)
+        cache = self._cache(num_steps)
+
+        def predict_noise(noisy: Tensor, timestep: int, step: int) -> Tensor:
+            batch = torch.cat((noisy, noisy)) if guided else noisy
+            timesteps = torch.full((len(batch),), timestep, device=batch.device)
+            predicted = head(batch, timesteps, condition, cache.at(step) if cache else None)
+            if not guided:
+                return predicted
+            conditional, unconditional = predicted.chunk(2)
+            return unconditional + diffusion.cfg_scale * (conditional - unconditional)
+
+        noise = noise.to(weight)
+        if diffusion.sampler == "ddpm":
+            return sample_ddpm(predict_noise, noise, self._generator, self.noise_schedule)
+        return sample_ddim(predict_noise, noise, num_steps, self.noise_schedule)
+
+    def draw_noise(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """(B, H, A), float32, drawn on the CPU: the same for every device and dtype."""
+        config = self.model.config.action_config
+        return torch.randn(batch_size, config.action_horizon, config.action_dim, generator=generator)
+
+    def action_stats(self, unnorm_key: str | None) -> dict[str, Any]:
+        stats = self.model.config.norm_stats
+        if unnorm_key is None and len(stats) == 1:
+            unnorm_key = next(iter(stats))
+        if unnorm_key is None:
+            raise EvlaError(
+                f"The model knows {len(stats)} datasets; name one with unnorm_key: {', '.join(sorted(stats))}."
+            )
+        if unnorm_key not in stats:
+            raise EvlaError(f"Unknown unnorm_key '{unnorm_key}'. {suggest(unnorm_key, stats)}")
+        return stats[unnorm_key]["action"]
+
+    def _cache(self, num_steps: int) -> StackCache | ModuleCache | None:
+        settings = self.settings.action_cache
+        if settings.interval == 1:
+            return None
+        schedule = cache_schedule(num_steps, settings.interval)
+        if settings.whole_stack:
+            return StackCache(schedule)
+        blocks = settings.blocks if settings.blocks is not None else range(len(self.model.action_head.blocks))
+        return ModuleCache(schedule, settings.modules, blocks)
+
+    def _context(self, inputs: CogACTInputs) -> Tensor:
+        """(B, T - 1): the prompt rows after the image whose attention scores the visual tokens."""
+        real = torch.ones_like(inputs.input_ids) if inputs.attention_mask is None else inputs.attention_mask
+        if self.settings.visual_tokens.context == "instruction":
+            return inputs.instruction_mask[:, 1:]
+        if self.settings.visual_tokens.context == "cognition":
+            return torch.nn.functional.one_hot(real.cumsum(dim=1).argmax(dim=1), real.shape[1])[:, 1:]
+        return real[:, 1:]

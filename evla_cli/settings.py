@@ -1,0 +1,207 @@
+"""Settings that a runtime obeys (`inference.yaml`) and recipes that `evla run` follows: strict, frozen, torch-free."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evla_cli.checkpoint.files import read_yaml
+from evla_cli.errors import EvlaError, suggest
+from evla_cli.schema import from_mapping, to_mapping
+
+SCHEMA_VERSION = 1
+
+CONTEXTS = ("text", "instruction", "cognition")
+DIVERSITIES = ("one_shot", "all_selected", "greedy")
+MODULES = ("attention", "mlp")
+SAMPLERS = ("ddim", "ddpm")
+
+
+@dataclass(frozen=True)
+class VisualTokenSettings:
+    """Which visual tokens the decoder keeps (EfficientVLA, arXiv 2506.10100, section 3.3).
+
+    Attributes:
+        num_keep: visual tokens left; None keeps all.
+        prune_layer: the tokens leave before this layer of the pruned decoder (0-based); the one before scores them.
+        num_key: of them, how many are the highest-scoring "key" tokens.
+        task_ratio: the share of the others taken by score; the rest is taken for diversity.
+        context: the rows whose attention scores a visual token: every prompt token after the image, those of the
+            instruction alone, or the cognition token alone.
+        diversity: distance to the key tokens (Eq. 4), to key and task tokens, or greedily to everything chosen so far.
+    """
+
+    num_keep: int | None = None
+    prune_layer: int = 2
+    num_key: int = 4
+    task_ratio: float = 0.5
+    context: str = "text"
+    diversity: str = "one_shot"
+
+    def __post_init__(self) -> None:
+        _at_least("visual_tokens.prune_layer", self.prune_layer, 1)
+        _at_least("visual_tokens.num_key", self.num_key, 1)
+        if not 0 <= self.task_ratio <= 1:
+            raise EvlaError(f"visual_tokens.task_ratio must be between 0 and 1, got {self.task_ratio}.")
+        if self.num_keep is not None and self.num_keep < self.num_key:
+            raise EvlaError(
+                f"visual_tokens.num_keep is {self.num_keep}, fewer than the {self.num_key} key tokens it must include."
+            )
+        _one_of("visual_tokens.context", self.context, CONTEXTS)
+        _one_of("visual_tokens.diversity", self.diversity, DIVERSITIES)
+
+
+@dataclass(frozen=True)
+class ActionCacheSettings:
+    """How often the action head's blocks are computed (FORA, arXiv 2407.01425; EfficientVLA, section 3.4).
+
+    Attributes:
+        interval: denoising steps between two full computations; 1 is no caching.
+        modules: what is reused in between: "attention", "mlp" or both.
+        blocks: which blocks reuse; None is all of them.
+    """
+
+    interval: int = 1
+    modules: tuple[str, ...] = MODULES
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("action_cache.interval", self.interval, 1)
+        for module in self.modules:
+            _one_of("action_cache.modules", module, MODULES)
+        if not self.modules or len(set(self.modules)) != len(self.modules):
+            raise EvlaError(f"action_cache.modules must name each of {', '.join(MODULES)} at most once, and one.")
+        if self.blocks is not None and (not self.blocks or len(set(self.blocks)) != len(self.blocks)):
+            raise EvlaError("action_cache.blocks must list each block once, and at least one; leave it out for all.")
+
+    @property
+    def whole_stack(self) -> bool:
+        return self.blocks is None and set(self.modules) == set(MODULES)
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """How an action chunk is sampled. `num_denoise_steps` is for DDIM; DDPM always takes every training step."""
+
+    sampler: str = "ddim"
+    num_denoise_steps: int = 10
+    cfg_scale: float = 1.5  # classifier-free guidance; 1.0 is none
+
+    def __post_init__(self) -> None:
+        _one_of("diffusion.sampler", self.sampler, SAMPLERS)
+        _at_least("diffusion.num_denoise_steps", self.num_denoise_steps, 1)
+        if not 1.0 <= self.cfg_scale < float("inf"):
+            raise EvlaError(f"diffusion.cfg_scale must be at least 1 (1 is no guidance), got {self.cfg_scale}.")
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """`inference.yaml`. The defaults change nothing: all tokens, no caching."""
+
+    schema_version: int = SCHEMA_VERSION
+    visual_tokens: VisualTokenSettings = field(default_factory=VisualTokenSettings)
+    action_cache: ActionCacheSettings = field(default_factory=ActionCacheSettings)
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+
+    @classmethod
+    def load(cls, path: Path) -> "InferenceSettings":
+        record = read_yaml(path)
+        if "schema_version" not in record:
+            raise EvlaError(f"{path}: missing key 'schema_version' ({SCHEMA_VERSION}).")
+        return from_mapping(cls, record, str(path))
+
+    def to_record(self) -> dict[str, Any]:
+        return to_mapping(self)
+
+    def check(self, num_visual_tokens: int, num_layers: int, num_blocks: int, num_train_steps: int) -> None:
+        """Refuse settings that the model cannot obey."""
+        tokens, cache, steps = self.visual_tokens, self.action_cache, self.diffusion.num_denoise_steps
+        if tokens.num_keep is not None and tokens.num_keep > num_visual_tokens:
+            raise EvlaError(
+                f"visual_tokens.num_keep is {tokens.num_keep}; the model has {num_visual_tokens} visual tokens."
+            )
+        if tokens.num_keep is not None and tokens.prune_layer >= num_layers:
+            raise EvlaError(
+                f"visual_tokens.prune_layer is {tokens.prune_layer}; the decoder has {num_layers} layers, "
+                f"so it must be at most {num_layers - 1}."
+            )
+        if self.diffusion.sampler == "ddpm":
+            steps = num_train_steps
+        possible = sorted({len(range(0, num_train_steps, stride)) for stride in range(1, num_train_steps + 1)})
+        if steps not in possible:
+            raise EvlaError(
+                f"diffusion.num_denoise_steps {steps} is not a whole stride of {num_train_steps} training steps; "
+                f"possible: {', '.join(map(str, possible))}."
+            )
+        if cache.interval > steps:
+            raise EvlaError(f"action_cache.interval is {cache.interval}, more than the {steps} denoising steps.")
+        beyond = [block for block in cache.blocks or () if not 0 <= block < num_blocks]
+        if beyond:
+            raise EvlaError(
+                f"action_cache.blocks names block {beyond[0]}; the action head has blocks 0 to {num_blocks - 1}."
+            )
+
+
+@dataclass(frozen=True)
+class AnalyzeRecipe:
+    samples: str
+    num_samples: int | None = None
+    batch_size: int = 8
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    drop_layers: int = 0
+    drop_layer_ids: tuple[int, ...] = ()
+    protect_first: int | None = None
+    mlp_prune_ratio: float = 0.0
+    mlp_method: str = "prunenet"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    settings: InferenceSettings = field(default_factory=InferenceSettings)
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `evla run` does. Stages that are left out are not run; paths are relative to the recipe.
+
+    Attributes:
+        source: the checkpoint to start from.
+        output: the directory for what the stages write: `importance.json`, `pruned/`, `bundle/`.
+    """
+
+    source: str
+    output: str
+    analyze: AnalyzeRecipe | None = None
+    prune: PruneRecipe | None = None
+    export: ExportRecipe | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+        if self.analyze is self.prune is self.export is None:
+            raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
+
+    @classmethod
+    def load(cls, path: Path) -> "Recipe":
+        return from_mapping(cls, read_yaml(path), str(path))
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise EvlaError(f"{name} must be at least {least}, got {value}.")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise EvlaError(f"{name}: unknown value '{value}'. {suggest(value, known)}")
