@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evla_cli.bundling import check_settings, verify_bundle, write_bundle_files
-from evla_cli.calibration import load_samples, samples_sha256
-from evla_cli.checkpoint.files import check_output, new_directory, write_yaml
+from evla_cli.calibration import decode_image, load_samples, samples_sha256
+from evla_cli.checkpoint.files import check_output, check_output_file, new_directory, write_file, write_yaml
 from evla_cli.checkpoint.tensors import LazyTensors, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.errors import EvlaError
@@ -20,10 +21,13 @@ from evla_cli.methods.layer_importance import importance_and_error, measure_laye
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.methods.row_selection import select_channels
+from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import build_skeleton, expected_shapes
 from evla_cli.models.streaming import DecoderStream
 from evla_cli.plan import SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
+from evla_cli.runtime.recording import denoise_similarity
+from evla_cli.schema import from_mapping
 from evla_cli.settings import InferenceSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +41,7 @@ def analyze(
     batch_size: int = 8,
     device: str = "cpu",
     dtype: str = "float32",
+    with_action_head: bool = False,
 ) -> LayerImportance:
     """How much every decoder layer does on the samples in `data`. Layers are read one at a time."""
     checkpoint = open_checkpoint(source)
@@ -54,6 +59,7 @@ def analyze(
                     batch.hidden_states = output
                 scores.append(LayerScore(index, *importance_and_error(similarities)))
                 bar.update()
+        action_head = _denoise_similarity(checkpoint, stream) if with_action_head else None
     return LayerImportance(
         schema_version=SCHEMA_VERSION,
         metric="block_influence",
@@ -63,7 +69,31 @@ def analyze(
         layers=tuple(scores),
         family=checkpoint.family.name,
         dtype=dtype,
+        action_head=action_head,
     )
+
+
+def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream) -> dict[str, Any] | None:
+    """How alike the action head's denoising steps are, given the cognition tokens of the samples."""
+    if checkpoint.family.action_head is None:
+        return None
+    norm = stream.load_part(f"{checkpoint.family.decoder}.norm")
+    tokens = [cognition_token(norm(batch.hidden_states), batch.mask) for batch in stream.batches]
+    return denoise_similarity(stream.load_part(checkpoint.family.action_head), torch.cat(tokens))
+
+
+def analyze_to_file(
+    source: Path, data: Path, output: Path, *, figures: Path | None = None, overwrite: bool = False, **options: Any
+) -> LayerImportance:
+    """`analyze`, its result written to `output`, and its pictures into `figures`."""
+    check_output_file(output, overwrite)
+    result = analyze(source, data, with_action_head=figures is not None, **options)
+    if figures is not None:
+        from evla_cli.evaluation.figures import draw_importance
+
+        draw_importance(result, figures)
+    write_file(output, result.to_json(), overwrite)
+    return result
 
 
 @dataclass(frozen=True)
@@ -74,6 +104,11 @@ class PruneResult:
     parameters_before: int
     parameters_after: int
     bytes_after: int
+
+    def to_record(self) -> dict[str, Any]:
+        plan = {key: value for key, value in self.plan.to_record().items() if key != "mlp_keep"}
+        sizes = {name: getattr(self, name) for name in ("parameters_before", "parameters_after", "bytes_after")}
+        return {"plan": plan, **sizes}
 
 
 def prune(
@@ -197,7 +232,7 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-) -> Path:
+) -> dict[str, Any]:
     """Write a self-contained bundle from a checkpoint that acts, then verify what was written."""
     checkpoint = open_checkpoint(source)
     if not checkpoint.family.has_action_head:
@@ -219,5 +254,35 @@ def export(
         with progress_bar("exporting", total_bytes(weights), "B") as bar:
             write_huggingface_weights(staging, weights, parse_size(max_shard_size), bar.update)
         write_bundle_files(checkpoint, staging, settings)
-        verify_bundle(staging)
-    return dest
+        return verify_bundle(staging)
+
+
+def predict(
+    bundle: Path,
+    image: Path,
+    instruction: str,
+    *,
+    unnorm_key: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> np.ndarray:
+    """One action chunk for an image file: (H, A), in the robot's units."""
+    from evla_cli.runtime.policy import load_policy
+
+    if not image.is_file():
+        raise EvlaError(f"{image} does not exist.")
+    picture = decode_image(image.read_bytes(), str(image))
+    policy = load_policy(bundle, device=device, dtype=DTYPES[dtype] if dtype else None)
+    return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
+
+
+def settings_with(path: Path | None, **sections: dict[str, Any]) -> InferenceSettings:
+    """Settings from a file, with the given values (those that are not None) on top; without a file, the paper's."""
+    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "action_cache": {"interval": 5}}
+    if path is not None:
+        record = InferenceSettings.load(path).to_record()
+    for section, values in sections.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        record[section] = {**record.get(section, {}), **given}
+    return from_mapping(InferenceSettings, record, "settings")

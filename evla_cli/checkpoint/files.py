@@ -128,12 +128,19 @@ def new_directory(dest: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_file(dest: Path, text: str, overwrite: bool) -> None:
-    """A single text file, written aside and renamed."""
+def check_output_file(dest: Path, overwrite: bool) -> None:
+    """Refuse an output file before any work is done for it."""
     if dest.is_dir():
         raise EvlaError(f"{dest} is a directory; name a file.")
-    if dest.exists() and not overwrite:
+    if not dest.parent.is_dir():
+        raise EvlaError(f"{dest.parent} does not exist or is not a directory; create it first.")
+    if os.path.lexists(dest) and not overwrite:
         raise EvlaError(f"{dest} already exists. Pass --overwrite to replace it.")
+
+
+def write_file(dest: Path, text: str, overwrite: bool) -> None:
+    """A single text file, written aside and renamed."""
+    check_output_file(dest, overwrite)
     staging = dest.with_name(f".{dest.name}.partial-{os.getpid()}")
     try:
         write_text(staging, text)

@@ -40,7 +40,7 @@ class ModelFamily:
         embed: model, samples, tokenizer directory -> runs everything before the decoder and then the decoder's own
             forward, whose layers the caller has replaced by recorders.
         sample_kind: "image" (image and instruction) or "text".
-        has_action_head: whether `evla export` can make a bundle that acts.
+        action_head: module path and weight-name prefix of the action head; None where the model cannot act.
     """
 
     name: str
@@ -51,7 +51,11 @@ class ModelFamily:
     build_model: "Callable[[PretrainedConfig], PreTrainedModel]"
     embed: "Callable[[PreTrainedModel, list[Sample], Path], torch.Tensor | None]"
     sample_kind: str
-    has_action_head: bool = False
+    action_head: str | None = None
+
+    @property
+    def has_action_head(self) -> bool:
+        return self.action_head is not None
 
     @property
     def decoder_layers(self) -> str:

@@ -476,5 +476,5 @@ COGACT = ModelFamily(
     build_model=_build_model,
     embed=_embed,
     sample_kind="image",
-    has_action_head=True,
+    action_head="action_head",
 )

@@ -105,7 +105,7 @@ class CogACTForActionPrediction(PreTrainedModel):
         hidden_states = self.language_model.model(
             inputs_embeds=hidden_states, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        return self.cognition_token(hidden_states, mask)
+        return cognition_token(hidden_states, mask)
 
     def embed_inputs(self, input_ids: Tensor, dino_pixels: Tensor, siglip_pixels: Tensor) -> Tensor:
         """(B, V + T, D): the decoder's input, [BOS] [V visual tokens] [rest of the prompt]."""
@@ -130,13 +130,13 @@ class CogACTForActionPrediction(PreTrainedModel):
         visual = attention_mask.new_ones(input_ids.shape[0], self.config.num_visual_tokens)
         return torch.cat((attention_mask[:, :1], visual, attention_mask[:, 1:]), dim=1)
 
-    @staticmethod
-    def cognition_token(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, 1, D): the last real position, which padding on the right may precede."""
-        if attention_mask is None:
-            return hidden_states[:, -1:]
-        last = attention_mask.long().cumsum(dim=1).argmax(dim=1)  # (B,)
-        return hidden_states[torch.arange(len(last), device=last.device), last].unsqueeze(1)
+
+def cognition_token(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T, D) -> (B, 1, D): the last real position, which padding on the right may follow."""
+    if attention_mask is None:
+        return hidden_states[:, -1:]
+    last = attention_mask.long().cumsum(dim=1).argmax(dim=1)  # (B,)
+    return hidden_states[torch.arange(len(last), device=last.device), last].unsqueeze(1)
 
 
 class Projector(nn.Module):

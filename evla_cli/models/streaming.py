@@ -76,6 +76,12 @@ class DecoderStream:
                 batch.arguments[index] = {}  # the last reference to what only this layer needed
             drop_weights(layer)
 
+    def load_part(self, name: str) -> Any:
+        """Another part of the model, such as the final norm or the action head, with its weights."""
+        part = self._model.get_submodule(name)
+        load_weights(part, self._checkpoint.weights, f"{name}.", self._dtype, self._device, self._on_bytes)
+        return part
+
     def _record(self, decoder: nn.Module, samples: list[Sample]) -> Batch:
         """One batch through everything before the decoder, and the arguments of every layer."""
         recorders = [_Recorder() for _ in self._layers]

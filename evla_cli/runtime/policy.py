@@ -18,12 +18,11 @@ from torch import Tensor
 from evla_cli.checkpoint.bundle import SETTINGS, open_bundle
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.families import open_checkpoint
-from evla_cli.methods.action_cache import ModuleCache, StackCache, cache_schedule
 from evla_cli.methods.visual_tokens import TokenSelection
-from evla_cli.models.cogact import CogACTForActionPrediction
-from evla_cli.models.diffusion import NoiseSchedule, sample_ddim, sample_ddpm
+from evla_cli.models.cogact import CogACTForActionPrediction, cognition_token
 from evla_cli.models.processing import CogACTInputs, CogACTProcessor, to_image, unnormalize_actions
 from evla_cli.models.skeleton import load_model
+from evla_cli.runtime.actions import sample_actions
 from evla_cli.runtime.decoder import run_decoder
 from evla_cli.settings import InferenceSettings
 
@@ -95,7 +94,6 @@ class Policy:
             config.action_config.num_train_steps,
         )
         self.model, self.processor, self.settings = model, processor, settings
-        self.noise_schedule = NoiseSchedule.squared_cosine(config.action_config.num_train_steps)
         self._generator = torch.Generator().manual_seed(seed)
 
     def with_settings(self, settings: InferenceSettings, seed: int = 0) -> "Policy":
@@ -158,34 +156,18 @@ class Policy:
             self.model.config.num_visual_tokens,
             self.settings.visual_tokens,
         )
-        return self.model.cognition_token(hidden_states, mask), selection
+        return cognition_token(hidden_states, mask), selection
 
     def act(self, cognition: Tensor, noise: Tensor) -> Tensor:
         """Denoise an action chunk: (B, 1, D) and noise (B, H, A) -> normalised actions (B, H, A)."""
-        head, diffusion = self.model.action_head, self.settings.diffusion
-        guided = diffusion.cfg_scale > 1.0
-        weight = head.x_embedder.linear.weight
-        condition = cognition.to(weight.dtype)
-        if guided:  # rows [0, B) see the cognition token, rows [B, 2B) the null condition: one batch, one cache
-            condition = torch.cat((condition, head.null_condition(len(condition))))
-        num_steps = diffusion.num_denoise_steps
-        if diffusion.sampler == "ddpm":
-            num_steps = len(self.noise_schedule.alphas_cumprod)
-        cache = self._cache(num_steps)
-
-        def predict_noise(noisy: Tensor, timestep: int, step: int) -> Tensor:
-            batch = torch.cat((noisy, noisy)) if guided else noisy
-            timesteps = torch.full((len(batch),), timestep, device=batch.device)
-            predicted = head(batch, timesteps, condition, cache.at(step) if cache else None)
-            if not guided:
-                return predicted
-            conditional, unconditional = predicted.chunk(2)
-            return unconditional + diffusion.cfg_scale * (conditional - unconditional)
-
-        noise = noise.to(weight)
-        if diffusion.sampler == "ddpm":
-            return sample_ddpm(predict_noise, noise, self._generator, self.noise_schedule)
-        return sample_ddim(predict_noise, noise, num_steps, self.noise_schedule)
+        return sample_actions(
+            self.model.action_head,
+            cognition,
+            noise,
+            self.settings.diffusion,
+            self.settings.action_cache,
+            self._generator,
+        )
 
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """(B, H, A), float32, drawn on the CPU: the same for every device and dtype."""
@@ -203,16 +185,6 @@ class Policy:
         if unnorm_key not in stats:
             raise EvlaError(f"Unknown unnorm_key '{unnorm_key}'. {suggest(unnorm_key, stats)}")
         return stats[unnorm_key]["action"]
-
-    def _cache(self, num_steps: int) -> StackCache | ModuleCache | None:
-        settings = self.settings.action_cache
-        if settings.interval == 1:
-            return None
-        schedule = cache_schedule(num_steps, settings.interval)
-        if settings.whole_stack:
-            return StackCache(schedule)
-        blocks = settings.blocks if settings.blocks is not None else range(len(self.model.action_head.blocks))
-        return ModuleCache(schedule, settings.modules, blocks)
 
     def _context(self, inputs: CogACTInputs) -> Tensor:
         """(B, T - 1): the prompt rows after the image whose attention scores the visual tokens."""

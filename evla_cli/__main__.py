@@ -1,0 +1,3 @@
+from evla_cli.cli.main import cli
+
+cli()

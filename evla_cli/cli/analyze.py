@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import click
+
+from evla_cli.cli.options import DTYPE_CHOICE, PATH, device_option, json_option, overwrite_option, quiet_option
+
+EXAMPLE = """
+\b
+Examples:
+  evla analyze cogact-base/ --samples calibration/ -o importance.json
+  evla analyze llama/ --samples texts.jsonl -o importance.json --num-samples 64 --figures figures/
+"""
+
+
+@click.command("analyze", epilog=EXAMPLE)
+@click.argument("source", type=PATH)
+@click.option("--samples", "data", type=PATH, required=True, help="Folder with samples.jsonl, or a file of texts.")
+@click.option("-o", "--output", type=PATH, required=True, help="Where importance.json goes.")
+@click.option("--num-samples", type=int, help="Use the first N samples (default: all).")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--dtype", type=DTYPE_CHOICE, default="float32", show_default=True, help="To compute in.")
+@click.option("--figures", type=PATH, help="Also draw importance and similarity into this folder.")
+@device_option
+@json_option
+@quiet_option
+@overwrite_option
+def command(
+    source: Path,
+    data: Path,
+    output: Path,
+    num_samples: int | None,
+    batch_size: int,
+    dtype: str,
+    figures: Path | None,
+    device: str,
+    as_json: bool,
+    overwrite: bool,
+) -> None:
+    """Measure how much each decoder layer of SOURCE does.
+
+    The importance of a layer is 1 minus the mean cosine of its input and output over calibration samples: a layer that
+    changes nothing scores 0. Layers are read one at a time, so a checkpoint need not fit into memory.
+    """
+    from evla_cli import pipeline
+    from evla_cli.evaluation.report import importance_table
+
+    result = pipeline.analyze_to_file(
+        source,
+        data,
+        output,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        figures=figures,
+        overwrite=overwrite,
+    )
+    click.echo(result.to_json() if as_json else importance_table(result), nl=not as_json)

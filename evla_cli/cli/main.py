@@ -1,0 +1,49 @@
+"""The command line: click only; everything heavy is imported inside the commands."""
+
+import logging
+import signal
+import sys
+from typing import Any
+
+import click
+
+from evla_cli import __version__
+from evla_cli.cli import analyze, export, inspect, predict, prune, run, verify
+from evla_cli.errors import EvlaError
+
+
+class Group(click.Group):
+    """Prints an EvlaError as one line on stderr and exits with its code; leaves bugs their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`: nothing half-written stays
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            return super().invoke(ctx)
+        except EvlaError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="evla")
+def cli() -> None:
+    """Make Vision-Language-Action models small and fast enough for robots, without training.
+
+    \b
+    evla inspect  CHECKPOINT                     what it is and what can be done with it
+    evla analyze  CHECKPOINT --samples DATA ...  how much each decoder layer does
+    evla prune    CHECKPOINT DEST ...            remove layers and MLP width
+    evla export   CHECKPOINT BUNDLE ...          a self-contained bundle with its inference settings
+    evla run      RECIPE.yaml                    all three, resumable
+    evla verify   BUNDLE                         is it whole, and does it fit its settings?
+    evla predict  BUNDLE ...                     one action chunk
+    """
+
+
+for module in (inspect, analyze, prune, export, run, verify, predict):
+    cli.add_command(module.command)

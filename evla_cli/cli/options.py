@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+
+
+def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    def set_quiet(_ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        from evla_cli.progress import set_quiet
+
+        set_quiet(value)
+
+    option = click.option("--quiet", is_flag=True, expose_value=False, callback=set_quiet, help="No progress bars.")
+    return option(command)
+
+
+def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
+
+
+DTYPE_CHOICE = click.Choice(["float32", "bfloat16", "float16"])
+
+
+class IdList(click.ParamType):
+    """Indices such as `3,7,9`."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a list of layer indices such as 3,7,9.", param, ctx)

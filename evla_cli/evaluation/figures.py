@@ -1,0 +1,78 @@
+"""Figures 1b and 1c of EfficientVLA (arXiv 2506.10100) for any checkpoint: what its layers and denoising steps do."""
+
+from pathlib import Path
+from typing import Any
+
+from evla_cli.errors import EvlaError
+from evla_cli.plan import LayerImportance
+
+
+def draw_importance(result: LayerImportance, directory: Path) -> list[Path]:
+    """`layer_importance.png`, `layer_similarity.png`, and `denoise_similarity.png` where there is an action head."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise EvlaError("Drawing needs matplotlib: pip install 'evla[figures]'.") from error
+    matplotlib.use("agg")
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [_importance_bars(result, directory), _similarity_curve(result, directory)]
+    if result.action_head:
+        paths.append(_denoise_heatmaps(result.action_head, directory))
+    return paths
+
+
+_BLUE, _ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
+
+
+def _importance_bars(result: LayerImportance, directory: Path) -> Path:
+    figure, axes = _axes(width=max(6.0, 0.28 * len(result.layers)))
+    errors = [score.standard_error or 0.0 for score in result.layers]
+    values = [score.importance for score in result.layers]
+    axes.bar(range(len(values)), values, yerr=errors, color=_BLUE, error_kw={"elinewidth": 1})
+    axes.set(xlabel="decoder layer", ylabel="importance (1 - mean cosine)", title="What each decoder layer does")
+    return _save(figure, axes, directory / "layer_importance.png", len(values))
+
+
+def _similarity_curve(result: LayerImportance, directory: Path) -> Path:
+    figure, axes = _axes(width=max(6.0, 0.28 * len(result.layers)))
+    values = [1 - score.importance for score in result.layers]
+    axes.plot(range(len(values)), values, marker="o", color=_ORANGE)
+    axes.set(xlabel="decoder layer", ylabel="cosine of input and output", title="Similarity across decoder layers")
+    axes.grid(axis="y", alpha=0.3)
+    return _save(figure, axes, directory / "layer_similarity.png", len(values))
+
+
+def _denoise_heatmaps(facts: dict[str, Any], directory: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    similarity = facts["step_similarity"]
+    low = min(min(row) for rows in similarity.values() for row in rows)
+    figure, all_axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for axes, (kind, rows) in zip(all_axes, similarity.items(), strict=True):
+        image = axes.imshow(rows, aspect="auto", origin="lower", vmin=low, vmax=1.0, cmap="cividis")
+        axes.set(title=f"{kind} output", xlabel="denoising step and the next")
+        axes.set_xticks(range(len(rows[0])), [f"{step}-{step + 1}" for step in range(len(rows[0]))])
+        axes.set_yticks(range(0, len(rows), max(1, len(rows) // 12)))
+    all_axes[0].set_ylabel("action-head block")
+    figure.colorbar(image, ax=all_axes, label="cosine between consecutive steps")
+    path = directory / "denoise_similarity.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _axes(width: float) -> tuple[Any, Any]:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(width, 3.6), layout="constrained")
+
+
+def _save(figure: Any, axes: Any, path: Path, num_layers: int) -> Path:
+    import matplotlib.pyplot as plt
+
+    axes.set_xticks(range(0, num_layers, 1 if num_layers <= 40 else 4))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,0 +1,124 @@
+"""`evla run`: the stages of a recipe, each skipped when its inputs, its options and its output are as they were."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evla_cli import __version__, pipeline
+from evla_cli.calibration import load_samples, samples_sha256
+from evla_cli.checkpoint.files import read_json, sha256_file, write_file
+from evla_cli.errors import EvlaError
+from evla_cli.families import open_checkpoint
+from evla_cli.schema import to_mapping
+from evla_cli.settings import Recipe
+
+_STATE = "run.json"
+
+
+def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, bool]]:
+    """Follow the recipe. Returns stage, output, and whether it was done (False: unchanged, skipped)."""
+    recipe = Recipe.load(path)
+    source, output = path.parent / recipe.source, path.parent / recipe.output
+    if not output.parent.is_dir():
+        raise EvlaError(f"{output.parent} does not exist; create it first.")
+    stages = _Stages(output, overwrite)
+    current = source
+    importance: Path | None = None
+    if recipe.analyze is not None:
+        importance, analyze = output / "importance.json", recipe.analyze
+        data = path.parent / analyze.samples
+        samples = load_samples(data, open_checkpoint(source).family.sample_kind, analyze.num_samples)
+        options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
+        stages.run(
+            "analyze",
+            importance,
+            {"options": options, "source": _hash(source)},
+            lambda: pipeline.analyze_to_file(
+                source,
+                data,
+                output / "importance.json",
+                num_samples=analyze.num_samples,
+                batch_size=analyze.batch_size,
+                dtype=analyze.dtype,
+                overwrite=True,
+            ),
+        )
+    if recipe.prune is not None:
+        prune, dest = recipe.prune, output / "pruned"
+        inputs = {"options": to_mapping(prune), "source": _hash(source)}
+        if importance is not None:
+            inputs["importance"] = sha256_file(importance)
+        stages.run(
+            "prune",
+            dest,
+            inputs,
+            lambda: pipeline.prune(
+                source,
+                dest,
+                importance=importance,
+                num_drop=prune.drop_layers,
+                drop_ids=prune.drop_layer_ids,
+                protect_first=prune.protect_first,
+                mlp_prune_ratio=prune.mlp_prune_ratio,
+                mlp_method=prune.mlp_method,
+                seed=prune.seed,
+                overwrite=True,
+            ),
+        )
+        current = dest
+    if recipe.export is not None:
+        export, bundle, exported = recipe.export, output / "bundle", current
+        stages.run(
+            "export",
+            bundle,
+            {"options": to_mapping(export), "source": _hash(exported)},
+            lambda: pipeline.export(
+                exported,
+                bundle,
+                export.settings,
+                dtype=export.dtype,
+                max_shard_size=export.max_shard_size,
+                overwrite=True,
+            ),
+        )
+    return stages.log
+
+
+class _Stages:
+    """What has been done, kept in `run.json`: for every stage the hash of all that went in, and its output's."""
+
+    def __init__(self, output: Path, overwrite: bool):
+        self._output, self._overwrite = output, overwrite
+        self._path = output / _STATE
+        self._state = read_json(self._path) if self._path.is_file() else {}
+        self.log: list[tuple[str, Path, bool]] = []
+
+    def run(self, stage: str, dest: Path, inputs: dict[str, Any], work: Callable[[], Any]) -> None:
+        key = hashlib.sha256(json.dumps([__version__, stage, inputs], sort_keys=True).encode()).hexdigest()
+        entry = self._state.get(stage)
+        known = isinstance(entry, dict)
+        same = isinstance(entry, dict) and entry.get("inputs") == key
+        if same and dest.exists() and entry.get("output") == _fingerprint(dest):
+            self.log.append((stage, dest, False))
+            return
+        if dest.exists() and not known and not self._overwrite:
+            raise EvlaError(f"{dest} already exists and was not made by this recipe. Pass --overwrite to replace it.")
+        self._output.mkdir(exist_ok=True)
+        work()
+        self._state[stage] = {"inputs": key, "output": _fingerprint(dest)}
+        write_file(self._path, json.dumps(self._state, indent=2) + "\n", overwrite=True)
+        self.log.append((stage, dest, True))
+
+
+def _hash(source: Path) -> str:
+    return open_checkpoint(source).reader.sha256
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a stage's output: a file's content; a directory's content, file by file."""
+    if path.is_file():
+        return sha256_file(path)
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(f"{sha256_file(path / n)}  {n}\n" for n in names).encode()).hexdigest()
