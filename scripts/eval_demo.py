@@ -1,18 +1,35 @@
-"""Closed-loop success of a policy in the demo's Meta-World tasks, with controls that show what the policy relies on."""
+"""Closed-loop success of a policy in the demo's Meta-World tasks, controls included, and what weakening it costs.
 
+    python scripts/eval_demo.py demo/cogact-metaworld --samples demo/samples --episodes 50 --output results.json
+
+Every row runs the same episodes with the same noise, so rows can be compared episode by episode.
+"""
+
+import argparse
+import json
 import math
 import multiprocessing
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from demo_env import FIRST_SEED, MAX_STEPS, TASKS, DemoEnv
+from torch import nn
+
+from evla_cli.evaluation.latency import STAGES, measure_latency
+from evla_cli.methods.visual_tokens import TokenSelection
+from evla_cli.pipeline import analyze
+from evla_cli.runtime import decoder
+from evla_cli.runtime.policy import policy_from_checkpoint
+from evla_cli.settings import DiffusionSettings, InferenceSettings, VisualTokenSettings
 
 
-class Policy(Protocol):
+class ActingPolicy(Protocol):
     def predict_action(self, image: Any, instruction: str, *, seed: int) -> np.ndarray:
         """uint8 (S, S, 3) and text -> un-normalised actions (H, A); `seed` decides the diffusion noise."""
 
@@ -23,20 +40,44 @@ class Trial:
 
     Attributes:
         executed: how many of a chunk's actions are executed before the next prediction.
-        instruct: "own" gives the task's instruction, "opposite" that of the reversed task.
+        opposite: give the instruction of the reversed task.
         blind: the camera shows the first frame of another episode for ever.
     """
 
     executed: int = 8
-    instruct: str = "own"
+    opposite: bool = False
     blind: bool = False
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A policy made worse, or the policy itself."""
+
+    dropped_layers: tuple[int, ...] = ()
+    random_tokens: bool = False  # keep visual tokens at random instead of by score
+    settings: InferenceSettings = field(default_factory=InferenceSettings)
+
+    def load(self, run: Path) -> ActingPolicy:
+        policy = policy_from_checkpoint(run, self.settings, dtype=torch.float32)
+        llama = policy.model.language_model.model
+        kept = [layer for index, layer in enumerate(llama.layers) if index not in self.dropped_layers]
+        llama.layers = nn.ModuleList(kept)
+        if self.random_tokens:
+            decoder.select_tokens = select_at_random  # type: ignore[assignment]  # this process does nothing else
+        return policy
+
+
+def select_at_random(scores: torch.Tensor, features: torch.Tensor, num_keep: int, *_: Any) -> TokenSelection:
+    order = torch.rand(scores.shape).argsort(dim=1)  # (B, V)
+    return TokenSelection(order[:, :num_keep], order[:, :0], order[:, :0])
+
+
 def evaluate(
-    load_policy: Callable[[], Policy], episodes: int, trial: Trial = Trial(), processes: int = 2
+    load_policy: Callable[[], ActingPolicy], episodes: int, trial: Trial | None = None, processes: int = 2
 ) -> dict[str, list[bool]]:
-    """Success of every episode by task. Episode i of a task is the same for every policy: one seed decides it all."""
-    tasks = [task for task in TASKS if trial.instruct == "own" or TASKS[task].opposite]
+    """Success of every episode by task. Episode i of a task is the same for every policy: its seed decides it all."""
+    trial = trial or Trial()
+    tasks = [task for task in TASKS if not trial.opposite or TASKS[task].opposite]
     jobs = [(task, first, min(first + 10, episodes)) for first in range(0, episodes, 10) for task in tasks]
     with multiprocessing.get_context("spawn").Pool(processes, _start, (load_policy,)) as pool:
         parts = pool.map(partial(_run_episodes, trial=trial), jobs, chunksize=1)
@@ -46,20 +87,13 @@ def evaluate(
     }
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a success rate (Wilson)."""
-    rate, spread = successes / trials, z * z / trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / trials + spread / trials / 4) / (1 + spread)
-    return centre - half, centre + half
+_policy: ActingPolicy
 
 
-_policy: Policy
-
-
-def _start(load_policy: Callable[[], Policy]) -> None:
+def _start(load_policy: Callable[[], ActingPolicy]) -> None:
     global _policy
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     _policy = load_policy()
 
 
@@ -71,9 +105,9 @@ def _run_episodes(job: tuple[str, int, int], trial: Trial) -> list[bool]:
     return successes
 
 
-def run_episode(env: DemoEnv, policy: Policy, seed: int, trial: Trial) -> bool:
+def run_episode(env: DemoEnv, policy: ActingPolicy, seed: int, trial: Trial) -> bool:
     task = TASKS[env.task]
-    if trial.instruct == "opposite":
+    if trial.opposite:
         task = TASKS[str(task.opposite)]
     instruction = task.phrasings[seed % len(task.phrasings)]
     frozen = None
@@ -88,3 +122,69 @@ def run_episode(env: DemoEnv, policy: Policy, seed: int, trial: Trial) -> bool:
         if env.step(actions[step % trial.executed]):
             return True
     return False
+
+
+def wilson_interval(successes: int, episodes: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a success rate (Wilson)."""
+    rate, spread = successes / episodes, z * z / episodes
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / episodes + spread / episodes / 4) / (1 + spread)
+    return centre - half, centre + half
+
+
+def rows(run: Path, samples: Path, episodes: int, fewer: int) -> dict[str, tuple[Variant, Trial, int]]:
+    """What is measured: name -> policy, trial, episodes per task."""
+    ranked = sorted(analyze(run, samples).layers, key=lambda layer: layer.importance, reverse=True)
+    most = tuple(layer.index for layer in ranked[:3])
+    least = tuple(layer.index for layer in ranked[-3:])
+    tokens = VisualTokenSettings(num_keep=14)
+    pruned = InferenceSettings(visual_tokens=tokens)
+    two_steps = InferenceSettings(diffusion=DiffusionSettings(num_denoise_steps=2))
+    return {
+        "as trained": (Variant(), Trial(), episodes),
+        "control: opposite instruction": (Variant(), Trial(opposite=True), fewer),
+        "control: blind": (Variant(), Trial(blind=True), fewer),
+        f"without the 3 most important layers {most}": (Variant(most), Trial(), fewer),
+        f"without the 3 least important layers {least}": (Variant(least), Trial(), fewer),
+        "14 of 64 visual tokens, at random": (Variant(random_tokens=True, settings=pruned), Trial(), fewer),
+        "14 of 64 visual tokens, by score": (Variant(settings=pruned), Trial(), fewer),
+        "2 denoising steps": (Variant(settings=two_steps), Trial(), fewer),
+    }
+
+
+def stage_shares(run: Path) -> dict[str, float]:
+    """Median milliseconds of each stage of one prediction, one thread."""
+    torch.set_num_threads(1)
+    policy = policy_from_checkpoint(run, dtype=torch.float32)
+    image = np.zeros((112, 112, 3), np.uint8)
+    latency = measure_latency({"dense": policy}, image, "open the drawer", runs=50)["dense"]
+    return {stage: round(latency.median(stage), 2) for stage in STAGES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--episodes", type=int, default=50, help="per task, of the policy as trained")
+    parser.add_argument("--fewer", type=int, default=25, help="per task, of every other row")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, required=True, help="JSON; rows that it holds already are kept")
+    args = parser.parse_args()
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for name, (variant, trial, episodes) in rows(args.run, args.samples, args.episodes, args.fewer).items():
+        if name in results:
+            continue
+        started = time.time()
+        success = evaluate(partial(variant.load, args.run), episodes, trial, args.processes)
+        total, count = sum(map(sum, success.values())), sum(map(len, success.values()))
+        low, high = wilson_interval(total, count)
+        print(f"{name}: {total}/{count} = {total / count:.1%} ({low:.0%} to {high:.0%}), {time.time() - started:.0f} s")
+        results[name] = success
+        args.output.write_text(json.dumps(results))
+    results["stage milliseconds"] = stage_shares(args.run)
+    print("milliseconds:", results["stage milliseconds"])
+    args.output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

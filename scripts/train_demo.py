@@ -15,8 +15,10 @@ Letters: B batch, V visual tokens, T prompt tokens, D language-model width, H ac
 """
 
 import argparse
+import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +28,25 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from demo_env import ACTION_DIM, HORIZON, IMAGE_SIZE, TASKS, record
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from evla_cli.checkpoint.files import write_json
+from evla_cli.checkpoint.tensors import LazyTensor
+from evla_cli.families.cogact import NativeNames, native_paths, write_llm_config
 from evla_cli.models.cogact import CogACTConfig, CogACTForActionPrediction
 from evla_cli.models.diffusion import NoiseSchedule
 
-EPISODES = {"train": 140, "validation": 10}  # per task
+EPISODES = {"train": 140, "validation": 10, "samples": 8}  # per task
 PATCH_SIZE = 14
 VOCABULARY_SIZE = 64  # padded to a multiple of 64, as CogACT does
 GRID = IMAGE_SIZE // PATCH_SIZE
 LOCATING_LAYERS = 5  # lower language-model layers whose visual tokens must know where things are
 MOVED_DIMS = [0, 1, 2, 6]  # the other three, rotations, are always zero
 NULL_CONDITION_RATE = 0.1
-NOISE_DRAWS = 4
+NOISE_DRAWS = 8
 AVERAGE_DECAY = 0.998
 PROMPT_SUFFIX_IDS = [4, 2]  # "\u2581" and "</s>", as CogACT appends 29871 and 2
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -223,7 +229,7 @@ def run_decoder(model: CogACTForActionPrediction, hidden_states: Tensor, num_lay
 
     Prompts are padded on the right and attention is causal, so no mask is needed.
     """
-    llama = model.language_model.model
+    llama: Any = model.language_model.model
     positions = torch.arange(hidden_states.shape[1]).unsqueeze(0)
     rotary = llama.rotary_emb(hidden_states, positions)
     visual = hidden_states
@@ -435,9 +441,69 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, instruction: str) -> list[
     return [*tokenizer(text).input_ids, *PROMPT_SUFFIX_IDS]
 
 
+def write_run(output: Path, weights: dict[str, Tensor], statistics: dict[str, Any], seed: int) -> None:
+    """CogACT's native layout in bfloat16: config, statistics, tokenizer, language-model config, nested checkpoint."""
+    config = model_config().to_dict()
+    # The native format gives the class token no position of its own: its share moves into the token itself.
+    positions, class_token = "dino.embeddings.position_embeddings", "dino.embeddings.cls_token"
+    weights = weights | {class_token: weights[class_token] + weights[positions][:, :1]}
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    lazy = {name: LazyTensor(t.dtype, tuple(t.shape), partial(lambda t: t, t)) for name, t in rounded.items()}
+    native = NativeNames(config).to_native(lazy)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, (_, part, rest) in native_paths(native).items():
+        parts.setdefault(part, {})[rest] = native[name].load().contiguous()
+    (output / "checkpoints").mkdir(parents=True)
+    torch.save({"model": parts}, output / "checkpoints" / f"{output.name}.pt")
+    action = config["action_config"]
+    write_json(
+        output / "config.json",
+        {
+            "vla": {"type": output.name, "vla_id": output.name, "base_vlm": "evla-demo-dinosiglip-112px"},
+            "action_model_type": f"DiT-{action['num_hidden_layers']}x{action['hidden_size']}",
+            "future_action_window_size": HORIZON - 1,
+            "past_action_window_size": 0,
+            "repeated_diffusion_steps": NOISE_DRAWS,
+            "image_aug": False,
+            "seed": seed,
+            "evla": {
+                "num_attention_heads": {
+                    "dino": config["dino_config"]["num_attention_heads"],
+                    "siglip": config["siglip_config"]["num_attention_heads"],
+                    "action_model": action["num_attention_heads"],
+                }
+            },
+        },
+    )
+    write_json(output / "dataset_statistics.json", statistics)
+    text = config["text_config"]
+    kept = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    kept += ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id"]
+    llama = {"model_type": "llama", "rope_theta": 10000.0, "tie_word_embeddings": False}
+    write_llm_config(output / "llm_config", llama | {key: text[key] for key in kept})
+    build_tokenizer().save_pretrained(output)
+
+
+def write_samples(output: Path, data: Data) -> None:
+    """One frame an episode as PNG, the tasks in equal shares, each from first frame to last."""
+    lines = []
+    (output / "frames").mkdir(parents=True)
+    for index, (task, description) in enumerate(TASKS.items()):
+        rows = data.rows_of_task[index]
+        episodes = np.unique(data.episode[rows])
+        for i, episode in enumerate(episodes):
+            frames = rows[data.episode[rows] == episode]
+            name = f"frames/{task}-{i}.png"
+            Image.fromarray(data.images[frames[len(frames) * i // len(episodes)]]).save(output / name)
+            instruction = description.phrasings[i % len(description.phrasings)]
+            lines.append(json.dumps({"image": name, "instruction": instruction}))
+    (output / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="recordings and training state (about 2 GB)")
+    parser.add_argument("--work", type=Path, required=True, help="recordings and training state (about 3 GB)")
+    parser.add_argument("--output", type=Path, required=True, help="where cogact-metaworld/ and samples/ are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
@@ -449,6 +515,10 @@ def main() -> None:
     torch.multiprocessing.spawn(
         train_process, (args.work, args.seed, args.processes, str(store)), nprocs=args.processes
     )
+    weights = torch.load(args.work / "state.pt", weights_only=True)["averaged"]
+    statistics = action_statistics(Data(args.work / "data", "train"))
+    write_run(args.output / "cogact-metaworld", weights, statistics, args.seed)
+    write_samples(args.output / "samples", Data(args.work / "data", "samples"))
 
 
 if __name__ == "__main__":
