@@ -237,8 +237,8 @@ def export(
     checkpoint = open_checkpoint(source)
     if not checkpoint.family.has_action_head:
         raise EvlaError(
-            f"{checkpoint.root} has no action head, so there is nothing to run as a policy; a pruned decoder loads with "
-            "transformers as it is."
+            f"{checkpoint.root} has no action head, so there is nothing to run as a policy; a pruned decoder loads "
+            "with transformers as it is."
         )
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")

@@ -21,8 +21,6 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
     """Follow the recipe. Returns stage, output, and whether it was done (False: unchanged, skipped)."""
     recipe = Recipe.load(path)
     source, output = path.parent / recipe.source, path.parent / recipe.output
-    if not output.parent.is_dir():
-        raise EvlaError(f"{output.parent} does not exist; create it first.")
     stages = _Stages(output, overwrite)
     current = source
     importance: Path | None = None
@@ -97,15 +95,13 @@ class _Stages:
 
     def run(self, stage: str, dest: Path, inputs: dict[str, Any], work: Callable[[], Any]) -> None:
         key = hashlib.sha256(json.dumps([__version__, stage, inputs], sort_keys=True).encode()).hexdigest()
-        entry = self._state.get(stage)
-        known = isinstance(entry, dict)
-        same = isinstance(entry, dict) and entry.get("inputs") == key
-        if same and dest.exists() and entry.get("output") == _fingerprint(dest):
+        entry = self._state.get(stage, {})
+        if entry.get("inputs") == key and dest.exists() and entry.get("output") == _fingerprint(dest):
             self.log.append((stage, dest, False))
             return
-        if dest.exists() and not known and not self._overwrite:
+        if dest.exists() and not entry and not self._overwrite:
             raise EvlaError(f"{dest} already exists and was not made by this recipe. Pass --overwrite to replace it.")
-        self._output.mkdir(exist_ok=True)
+        self._output.mkdir(parents=True, exist_ok=True)
         work()
         self._state[stage] = {"inputs": key, "output": _fingerprint(dest)}
         write_file(self._path, json.dumps(self._state, indent=2) + "\n", overwrite=True)

@@ -1,0 +1,48 @@
+# `make help` lists every target. Each sets up what it needs: a .venv from pinned constraints.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow lint format docs train-demo clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## Create .venv with everything pinned
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,figures]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## Compress the shipped CogACT and print before against after
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)  ## The test suite (minutes)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff, mypy, and docs/cli.md up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/make_cli_docs.py --check
+
+format: $(STAMP)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Write docs/cli.md from the commands' --help
+	$(BIN)/python scripts/make_cli_docs.py
+
+train-demo: $(STAMP)  ## Train the demo model again (hours; needs the system library libosmesa6)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/python scripts/train_demo.py --work out/train-demo --output demo
+
+clean:  ## Remove what the other targets made
+	rm -rf out $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""Compress the shipped CogACT with `configs/demo.yaml` and print what that gained and what it cost.
+
+make demo
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from evla_cli.calibration import load_samples
+from evla_cli.checkpoint.tensors import total_elements
+from evla_cli.evaluation.fidelity import compare_policies
+from evla_cli.evaluation.flops import count_flops
+from evla_cli.evaluation.latency import STAGES, measure_latency
+from evla_cli.evaluation.report import table
+from evla_cli.families import open_checkpoint
+from evla_cli.running import run_recipe
+from evla_cli.runtime.policy import Policy, load_policy, policy_from_checkpoint
+from evla_cli.settings import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", type=Path, default=ROOT / "configs" / "demo.yaml")
+    parser.add_argument("--runs", type=int, default=30, help="timed predictions of each model")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+
+    for stage, output, done in run_recipe(arguments.recipe, overwrite=True):
+        print(
+            f"{stage:8} {output.resolve().relative_to(Path.cwd(), walk_up=False) if output.resolve().is_relative_to(Path.cwd()) else output}"
+            f"{'' if done else '  (unchanged, skipped)'}"
+        )
+    recipe = Recipe.load(arguments.recipe)
+    source = arguments.recipe.parent / recipe.source
+    bundle = arguments.recipe.parent / recipe.output / "bundle"
+    assert recipe.analyze is not None
+    samples = load_samples(arguments.recipe.parent / recipe.analyze.samples, "image")
+
+    # float32 on the CPU: most have no fast bfloat16.
+    dense = policy_from_checkpoint(source, dtype=torch.float32)
+    compressed = load_policy(bundle, dtype=torch.float32)
+    print()
+    print(comparison(source, bundle, dense, compressed, samples, arguments.runs))
+
+
+def comparison(source: Path, bundle: Path, dense: Policy, compressed: Policy, samples: list, runs: int) -> str:
+    rows = []
+    before, after = open_checkpoint(source), open_checkpoint(bundle)
+    rows.append(row("parameters (M)", total_elements(before.weights) / 1e6, total_elements(after.weights) / 1e6))
+    rows.append(row("weights on disk (MB)", before.reader.bytes_on_disk / 1e6, after.reader.bytes_on_disk / 1e6))
+    prompt = len(dense.processor.prompt(samples[0].instruction)[0])
+    flops = [count_flops(policy.model, policy.settings, prompt) for policy in (dense, compressed)]
+    for stage in (*STAGES, "total"):
+        rows.append(row(f"MFLOPs, {stage.replace('_', ' ')}", *(getattr(f, stage) / 1e6 for f in flops)))
+    latency = measure_latency(
+        {"dense": dense, "compressed": compressed}, samples[0].image, samples[0].instruction, runs
+    )
+    for stage in (*STAGES, "total"):
+        rows.append(
+            row(f"ms, {stage.replace('_', ' ')} (median)", *(entry.median(stage) for entry in latency.values()))
+        )
+    lines = [table(["", "before", "after", "after / before"], rows)]
+
+    moved = compare_policies(dense, compressed, samples)
+    lines += [
+        "",
+        f"How far the actions moved, over {len(samples)} camera frames with the same noise (actions lie in [-1, 1]):",
+        table(
+            ["", ""],
+            [
+                ["mean absolute action error", f"{moved.action_error:.4f}"],
+                ["largest action error", f"{moved.action_error_max:.4f}"],
+                ["gripper commands that differ", f"{moved.gripper_flips:.2%}"],
+                ["cosine of the cognition tokens", f"{moved.cognition_cosine:.4f}"],
+            ],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def row(name: str, before: float, after: float) -> list[str]:
+    return [name, f"{before:,.2f}", f"{after:,.2f}", f"{after / before:.3f}"]
+
+
+if __name__ == "__main__":
+    main()
