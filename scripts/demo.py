@@ -4,6 +4,7 @@ make demo
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -30,10 +31,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     for stage, output, done in run_recipe(arguments.recipe, overwrite=True):
-        print(
-            f"{stage:8} {output.resolve().relative_to(Path.cwd(), walk_up=False) if output.resolve().is_relative_to(Path.cwd()) else output}"
-            f"{'' if done else '  (unchanged, skipped)'}"
-        )
+        print(f"{stage:8} {os.path.relpath(output)}{'' if done else '  (unchanged, skipped)'}")
     recipe = Recipe.load(arguments.recipe)
     source = arguments.recipe.parent / recipe.source
     bundle = arguments.recipe.parent / recipe.output / "bundle"

@@ -24,7 +24,8 @@ def main() -> None:
 
 def render() -> str:
     parts = [
-        "# Commands\n\nWritten by `make docs` from `--help`. Exit codes: 0, 1 for a failed check, 2 for bad usage or input.\n"
+        "# Commands\n\nWritten by `make docs` from `--help`. "
+        "Exit codes: 0, 1 for a failed check, 2 for bad usage or input.\n"
     ]
     root = click.Context(cli, info_name="evla", max_content_width=100, terminal_width=100)
     parts.append(_block("evla", cli.get_help(root)))
