@@ -61,23 +61,22 @@ def comparison(source: Path, bundle: Path, dense: Policy, compressed: Policy, sa
         rows.append(
             row(f"ms, {stage.replace('_', ' ')} (median)", *(entry.median(stage) for entry in latency.values()))
         )
-    lines = [table(["", "before", "after", "after / before"], rows)]
-
+    # What the actions differ by anyway: the dense model against itself, denoising from other noise.
+    noise = compare_policies(dense, dense, samples, candidate_seed=1)
     moved = compare_policies(dense, compressed, samples)
-    lines += [
-        "",
-        f"How far the actions moved, over {len(samples)} camera frames with the same noise (actions lie in [-1, 1]):",
-        table(
-            ["", ""],
-            [
-                ["mean absolute action error", f"{moved.action_error:.4f}"],
-                ["largest action error", f"{moved.action_error_max:.4f}"],
-                ["gripper commands that differ", f"{moved.gripper_flips:.2%}"],
-                ["cosine of the cognition tokens", f"{moved.cognition_cosine:.4f}"],
-            ],
-        ),
-    ]
-    return "\n".join(lines)
+    for name, attribute, form in (
+        ("action error, mean *", "action_error", "{:.4f}"),
+        ("action error, largest *", "action_error_max", "{:.4f}"),
+        ("gripper commands changed *", "gripper_flips", "{:.2%}"),
+        ("cosine of cognition tokens *", "cognition_cosine", "{:.4f}"),
+    ):
+        rows.append([name, form.format(getattr(noise, attribute)), form.format(getattr(moved, attribute)), ""])
+    return table(["", "before", "after", "after / before"], rows) + (
+        f"\n* against the dense model's predictions for {len(samples)} camera frames; actions lie in [-1, 1]."
+        "\n  after: from the same noise. before: the dense model itself from other noise, for scale."
+        f"\n  latency: batch 1, float32, {torch.get_num_threads()} threads, {runs} interleaved runs."
+        "\n  FLOPs: in the paper's convention (linear layers alone)."
+    )
 
 
 def row(name: str, before: float, after: float) -> list[str]:

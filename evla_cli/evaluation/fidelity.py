@@ -28,17 +28,23 @@ class Fidelity:
 
 
 def compare_policies(
-    reference: Policy, candidate: Policy, samples: Sequence[Sample], batch_size: int = 8, seed: int = 0
+    reference: Policy,
+    candidate: Policy,
+    samples: Sequence[Sample],
+    batch_size: int = 8,
+    seed: int = 0,
+    candidate_seed: int | None = None,
 ) -> Fidelity:
-    generator = torch.Generator().manual_seed(seed)
+    """Both start denoising from the same noise, unless `candidate_seed` gives the candidate another stream."""
+    generators = [torch.Generator().manual_seed(s) for s in (seed, seed if candidate_seed is None else candidate_seed)]
     key = sorted(reference.model.config.norm_stats)[0]  # normalised actions do not depend on it
     cosines, differences, flips = [], [], []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         images, instructions = [sample.image for sample in batch], [sample.instruction for sample in batch]
-        noise = reference.draw_noise(len(batch), generator)
         ours, theirs = (
-            policy.predict(images, instructions, unnorm_key=key, noise=noise) for policy in (reference, candidate)
+            policy.predict(images, instructions, unnorm_key=key, noise=policy.draw_noise(len(batch), generator))
+            for policy, generator in zip((reference, candidate), generators, strict=True)
         )
         cosines.append(F.cosine_similarity(ours.cognition.float(), theirs.cognition.float(), dim=-1).flatten())
         difference = np.abs(ours.normalized_actions - theirs.normalized_actions)

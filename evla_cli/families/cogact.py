@@ -288,6 +288,7 @@ def infer_config(
             "vision_use_head": f"{siglip}.attn_pool.latent" in native,
         },
         "text_config": text,
+        "prompt_suffix_ids": _suffix_ids(run, run_config, text["vocab_size"]),
         "projector_hidden_size": shape(f"{_PARTS['projector']}.projector.0.weight", 2)[0],
         "action_config": {
             "hidden_size": action_width,
@@ -385,6 +386,14 @@ def _num_heads(run: Path, part: str, width: int, given: dict[str, Any], known: d
             f'{{"evla": {{"num_attention_heads": {{"{part}": <number>}}}}}} to {run / "config.json"}.'
         )
     return heads
+
+
+def _suffix_ids(run: Path, run_config: dict[str, Any], vocab_size: int) -> list[int] | None:
+    ids = run_config.get("evla", {}).get("prompt_suffix_ids")
+    valid = isinstance(ids, list) and len(ids) == 2 and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+    if ids is not None and not valid:
+        raise EvlaError(f"{run / 'config.json'}: evla.prompt_suffix_ids must be two token ids below {vocab_size}.")
+    return ids
 
 
 def _whole_ratio(shape: _ShapeReader, name: str) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from evla_cli.calibration import Sample
 
+_MAX_TOKENS = 2048  # of a text sample; what follows is left out
 _LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
@@ -64,7 +65,11 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path) -> "torch.T
 
     tokenizer = load_tokenizer(tokenizer_dir)
     limit = getattr(model.config, "max_position_embeddings", None) or 2048
-    ids, mask = pad_right([tokenizer.encode(sample.text).ids[: min(limit, 2048)] for sample in samples])
+    token_ids = [tokenizer.encode(sample.text).ids[: min(limit, _MAX_TOKENS)] for sample in samples]
+    for sample, tokens in zip(samples, token_ids, strict=True):
+        if not tokens:
+            raise EvlaError(f"{sample.where}: the text has no tokens.")
+    ids, mask = pad_right(token_ids)
     model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     return mask
 

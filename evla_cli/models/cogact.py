@@ -35,6 +35,8 @@ class CogACTConfig(PreTrainedConfig):
     """Nested configs of the four parts, and what un-normalises the actions.
 
     Attributes:
+        prompt_suffix_ids: the two token ids that end every prompt, the last one being the cognition token's; None takes
+            CogACT's own, 29871 and 2, where the vocabulary has them, else the tokenizer's "▁" and "</s>".
         projector_hidden_size: None is four times the joined vision width, as published.
         norm_stats: `{dataset: {"action": {"q01": [A], "q99": [A], "mask": [A]}}}`, in the units of the robot.
     """
@@ -53,6 +55,7 @@ class CogACTConfig(PreTrainedConfig):
     action_config: Any = None
     norm_stats: Any = None
     projector_hidden_size: Any = None
+    prompt_suffix_ids: Any = None
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():

@@ -16,9 +16,9 @@ from torch import Tensor
 from evla_cli.errors import EvlaError
 
 _PROMPT = "In: What action should the robot take to {}?\nOut:"
-# Appended to every prompt: the empty token (29871 in Llama-2's vocabulary) and EOS (2), whose hidden state after the
-# final norm is the cognition token.
-_SUFFIX_TOKENS = ("▁", "</s>")
+# Appended to every prompt: the empty token and EOS, whose hidden state after the final norm is the cognition token.
+# CogACT writes their ids in Llama-2's vocabulary; a smaller vocabulary names them by their text.
+_SUFFIX_IDS, _SUFFIX_TOKENS = (29871, 2), ("▁", "</s>")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -62,8 +62,13 @@ class CogACTProcessor:
         self.tokenizer = load_tokenizer(tokenizer_dir)
         self.dino_size = config.dino_config.image_size
         self.siglip_size = config.siglip_config.image_size
-        self.suffix_ids = [self._token_id(token, tokenizer_dir) for token in _SUFFIX_TOKENS]
         self.bos_id = self._token_id("<s>", tokenizer_dir)
+        if config.prompt_suffix_ids is not None:
+            self.suffix_ids = list(config.prompt_suffix_ids)
+        elif config.text_config.vocab_size > max(_SUFFIX_IDS):
+            self.suffix_ids = list(_SUFFIX_IDS)
+        else:
+            self.suffix_ids = [self._token_id(token, tokenizer_dir) for token in _SUFFIX_TOKENS]
         if self.tokenizer.get_vocab_size() > config.text_config.vocab_size:
             raise EvlaError(
                 f"{tokenizer_dir / 'tokenizer.json'} has {self.tokenizer.get_vocab_size()} tokens, the model "

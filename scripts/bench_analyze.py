@@ -1,0 +1,73 @@
+"""Time `evla analyze` against one bare forward pass over the same samples by the fully loaded model.
+
+    python scripts/bench_analyze.py demo/cogact-metaworld --samples demo/samples
+
+Both compute in the same dtype with the same batch size and threads, one after the other, several rounds; the ratio is
+taken round by round. The bare pass loads the model outside of its time; analyze pays for its own reading.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evla_cli import pipeline
+from evla_cli.calibration import load_samples
+from evla_cli.families import open_checkpoint
+from evla_cli.models.skeleton import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--num-samples", type=int)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", choices=pipeline.DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+
+    checkpoint = open_checkpoint(arguments.source)
+    samples = load_samples(arguments.samples, checkpoint.family.sample_kind, arguments.num_samples)
+    dtype = pipeline.DTYPES[arguments.dtype]
+    model = load_model(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root, dtype)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        assert checkpoint.tokenizer_dir is not None
+        for start in range(0, len(samples), arguments.batch_size):
+            checkpoint.family.embed(model, samples[start : start + arguments.batch_size], checkpoint.tokenizer_dir)
+
+    def analyze() -> None:
+        pipeline.analyze(
+            arguments.source,
+            arguments.samples,
+            num_samples=arguments.num_samples,
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+        )
+
+    forward()
+    analyze()
+    bare, analysis = [], []
+    for _ in range(arguments.rounds):
+        bare.append(seconds(forward))
+        analysis.append(seconds(analyze))
+    ratios = [a / b for a, b in zip(analysis, bare, strict=True)]
+    print(f"{len(samples)} samples, batch {arguments.batch_size}, {arguments.dtype}, {torch.get_num_threads()} threads")
+    for name, values in (("bare forward (s)", bare), ("analyze (s)", analysis), ("analyze / bare", ratios)):
+        print(f"{name:18} median {statistics.median(values):8.3f}   min {min(values):8.3f}   max {max(values):8.3f}")
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
