@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from demo_env import ACTION_DIM, HORIZON, IMAGE_SIZE, TASKS, record
+from eval_demo import measure
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -517,8 +518,10 @@ def main() -> None:
     )
     weights = torch.load(args.work / "state.pt", weights_only=True)["averaged"]
     statistics = action_statistics(Data(args.work / "data", "train"))
-    write_run(args.output / "cogact-metaworld", weights, statistics, args.seed)
+    run = args.output / "cogact-metaworld"
+    write_run(run, weights, statistics, args.seed)
     write_samples(args.output / "samples", Data(args.work / "data", "samples"))
+    measure(run, args.output / "samples", args.work / "results.json", 50, 25, args.processes)
 
 
 if __name__ == "__main__":
