@@ -40,7 +40,8 @@ def main() -> None:
     def forward() -> None:
         assert checkpoint.tokenizer_dir is not None
         for start in range(0, len(samples), arguments.batch_size):
-            checkpoint.family.embed(model, samples[start : start + arguments.batch_size], checkpoint.tokenizer_dir)
+            batch = samples[start : start + arguments.batch_size]
+            checkpoint.family.embed(model, batch, checkpoint.tokenizer_dir, torch.empty(0, dtype=dtype))
 
     def analyze() -> None:
         pipeline.analyze(

@@ -226,7 +226,7 @@ def action_statistics(data: Data) -> dict:
 
 
 def run_decoder(model: CogACTForActionPrediction, hidden_states: Tensor, num_layers: int) -> tuple[Tensor, Tensor]:
-    """The first `num_layers` decoder layers: their output and the visual tokens after the locating layers.
+    """The first `num_layers` decoder layers: their output, normed, and the visual tokens after the locating ones.
 
     Prompts are padded on the right and attention is causal, so no mask is needed.
     """
@@ -238,7 +238,7 @@ def run_decoder(model: CogACTForActionPrediction, hidden_states: Tensor, num_lay
         hidden_states = layer(hidden_states, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         if index + 1 == LOCATING_LAYERS:
             visual = hidden_states[:, 1 : 1 + GRID * GRID]
-    return hidden_states, visual
+    return llama.norm(hidden_states), visual
 
 
 def losses(
@@ -249,10 +249,10 @@ def losses(
         _, visual = run_decoder(model, embedded[:, : 1 + GRID * GRID], LOCATING_LAYERS)
         patch_loss, position_loss = heads.locating_loss(visual, batch.position, batch.pixel)
         return {"patch": patch_loss, "position": position_loss, "total": 0.3 * patch_loss + position_loss}
-    hidden_states, visual = run_decoder(model, embedded, model.config.text_config.num_hidden_layers)
+    final, visual = run_decoder(model, embedded, model.config.text_config.num_hidden_layers)
     patch_loss, position_loss = heads.locating_loss(visual, batch.position, batch.pixel)
     mask = model.expand_mask(batch.attention_mask, batch.input_ids)
-    cognition = model.cognition_token(model.language_model.model.norm(hidden_states), mask)  # (B, 1, D)
+    cognition = model.cognition_token(final, mask)  # (B, 1, D)
     diffusion_loss = denoising_loss(model, cognition, batch.actions, generator)
     regression_loss = heads.regression_loss(cognition, batch.actions)
     total = diffusion_loss + regression_loss + 0.3 * (0.3 * patch_loss + position_loss)

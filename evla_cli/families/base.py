@@ -37,8 +37,9 @@ class ModelFamily:
         parts: part of the model -> prefix of its weight names, for reports.
         build_config: the config object from its JSON form.
         build_model: the model from its config; called where parameters are made on the meta device.
-        embed: model, samples, tokenizer directory -> runs everything before the decoder and then the decoder's own
-            forward, whose layers the caller has replaced by recorders.
+        embed: runs everything before the decoder and then the decoder's own forward, whose layers the caller has
+            replaced by recorders; returns the mask (B, T) of real positions, None where none is padding. Given the
+            model, samples, the tokenizer's directory, and a tensor on the device and in the dtype to compute with.
         sample_kind: "image" (image and instruction) or "text".
         action_head: module path and weight-name prefix of the action head; None where the model cannot act.
     """
@@ -49,7 +50,7 @@ class ModelFamily:
     parts: Mapping[str, str]
     build_config: "Callable[[dict[str, Any]], PretrainedConfig]"
     build_model: "Callable[[PretrainedConfig], PreTrainedModel]"
-    embed: "Callable[[PreTrainedModel, list[Sample], Path], torch.Tensor | None]"
+    embed: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], torch.Tensor | None]"
     sample_kind: str
     action_head: str | None = None
 

@@ -458,11 +458,11 @@ def _build_model(config: Any) -> "PreTrainedModel":
     return CogACTForActionPrediction(config)
 
 
-def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path) -> "Tensor":
+def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> Tensor:
     from evla_cli.models.processing import CogACTProcessor
 
     inputs = CogACTProcessor(model.config, tokenizer_dir)([s.image for s in samples], [s.instruction for s in samples])
-    inputs = inputs.to(next(model.projector.parameters()))
+    inputs = inputs.to(like)
     mask = model.expand_mask(inputs.attention_mask, inputs.input_ids)
     model.language_model.model(
         inputs_embeds=model.embed_inputs(*inputs.arguments()), attention_mask=mask, use_cache=False

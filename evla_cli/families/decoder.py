@@ -60,7 +60,7 @@ def _build_model(config: "PretrainedConfig") -> "PreTrainedModel":
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path) -> "torch.Tensor | None":
+def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: "torch.Tensor") -> "torch.Tensor | None":
     from evla_cli.models.processing import load_tokenizer, pad_right
 
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -70,6 +70,7 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path) -> "torch.T
         if not tokens:
             raise EvlaError(f"{sample.where}: the text has no tokens.")
     ids, mask = pad_right(token_ids)
+    ids, mask = ids.to(like.device), None if mask is None else mask.to(like.device)
     model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     return mask
 

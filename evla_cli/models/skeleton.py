@@ -67,10 +67,15 @@ def load_model(
     if len(expected) < len(model.state_dict()):
         weights = weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()}
     load_weights(model, weights, dtype=dtype, device=device)
-    for buffer_owner in model.modules():
-        for name in buffer_owner._non_persistent_buffers_set:
-            setattr(buffer_owner, name, getattr(buffer_owner, name).to(device))
+    move_buffers(model, device)
     return model
+
+
+def move_buffers(model: nn.Module, device: torch.device | str) -> None:
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def drop_weights(module: nn.Module) -> None:

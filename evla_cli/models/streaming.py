@@ -6,6 +6,7 @@ layer's input and every layer's arguments exactly as transformers makes them, fo
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from evla_cli.calibration import Sample
 from evla_cli.checkpoint.tensors import load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
-from evla_cli.models.skeleton import build_skeleton, drop_weights, load_weights
+from evla_cli.models.skeleton import build_skeleton, drop_weights, load_weights, move_buffers
 
 
 @dataclass
@@ -50,6 +51,7 @@ class DecoderStream:
     ):
         self._checkpoint, self._dtype, self._device, self._on_bytes = checkpoint, dtype, device, on_bytes
         self._model = build_skeleton(checkpoint.family, checkpoint.config)
+        move_buffers(self._model, device)
         decoder: Any = self._model.get_submodule(checkpoint.family.decoder)
         self._layers = list(decoder.layers)
         self.batches = [
@@ -82,31 +84,43 @@ class DecoderStream:
         load_weights(part, self._checkpoint.weights, f"{name}.", self._dtype, self._device, self._on_bytes)
         return part
 
-    def _record(self, decoder: nn.Module, samples: list[Sample]) -> Batch:
+    def _record(self, decoder: Any, samples: list[Sample]) -> Batch:
         """One batch through everything before the decoder, and the arguments of every layer."""
         recorders = [_Recorder() for _ in self._layers]
         decoder.layers = nn.ModuleList(recorders)
-        self._load_everything_but_layers()
         assert self._checkpoint.tokenizer_dir is not None
+        like = torch.empty(0, device=self._device, dtype=self._dtype)
         try:
-            with torch.inference_mode():
-                mask = self._checkpoint.family.embed(self._model, samples, self._checkpoint.tokenizer_dir)
+            with self._loading_on_first_use(), torch.inference_mode():
+                mask = self._checkpoint.family.embed(self._model, samples, self._checkpoint.tokenizer_dir, like)
         finally:
             decoder.layers = nn.ModuleList(self._layers)
         calls = [recorder.call for recorder in recorders]
         return Batch(calls[0][0], mask, [arguments for _, arguments in calls])
 
-    def _load_everything_but_layers(self) -> None:
-        skip = f"{self._checkpoint.family.decoder_layers}."
-        state = {}
-        for name, parameter in self._model.named_parameters():
-            lazy = self._checkpoint.weights.get(name)
-            if name.startswith(skip) or lazy is None or not parameter.is_meta:
-                continue
-            state[name] = load_finite(name, lazy).to(device=self._device, dtype=self._dtype)
-            if self._on_bytes:
-                self._on_bytes(lazy.num_bytes)
-        self._model.load_state_dict(state, strict=False, assign=True)
+    @contextmanager
+    def _loading_on_first_use(self) -> Iterator[None]:
+        """Every module gets its own parameters just before it first runs; what never runs is never read."""
+
+        def load(name: str, module: nn.Module) -> None:
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    lazy = self._checkpoint.weights[name + key]
+                    tensor = load_finite(name + key, lazy).to(device=self._device, dtype=self._dtype)
+                    module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+                    if self._on_bytes:
+                        self._on_bytes(lazy.num_bytes)
+
+        handles = [
+            module.register_forward_pre_hook(lambda module, _, name=name: load(f"{name}." if name else "", module))
+            for name, module in self._model.named_modules()
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class _Recorder(nn.Module):
