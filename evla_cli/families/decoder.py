@@ -57,7 +57,7 @@ def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
 def _build_model(config: "PretrainedConfig") -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config)
 
 
 def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: "torch.Tensor") -> "torch.Tensor | None":
