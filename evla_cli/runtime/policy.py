@@ -111,8 +111,7 @@ class Policy:
             seed: of this call's noise; None draws on the policy's own stream, so that two calls differ.
         """
         generator = self._generator if seed is None else torch.Generator().manual_seed(seed)
-        noise = self.draw_noise(1, generator)
-        return self.predict([image], [instruction], unnorm_key=unnorm_key, noise=noise).actions[0]
+        return self.predict([image], [instruction], unnorm_key=unnorm_key, generator=generator).actions[0]
 
     @torch.inference_mode()
     def predict(
@@ -122,17 +121,24 @@ class Policy:
         *,
         unnorm_key: str | None = None,
         noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Prediction:
-        """A batch. `noise` (B, H, A) is what denoising starts from; drawn from the policy's stream if left out."""
+        """A batch.
+
+        Args:
+            noise: (B, H, A), what denoising starts from; drawn if left out.
+            generator: what noise is drawn from, DDPM's at every step included; None is the policy's own stream.
+        """
         stats = self.action_stats(unnorm_key)
         if len(images) != len(instructions) or not images:
             raise EvlaError(
                 f"{len(images)} images and {len(instructions)} instructions; give as many of both, at least one."
             )
         inputs = self.prepare(images, instructions)
-        noise = self.draw_noise(len(images), self._generator) if noise is None else noise
+        generator = generator or self._generator
+        noise = self.draw_noise(len(images), generator) if noise is None else noise
         cognition, selection = self.think(inputs, self.see(inputs))
-        normalized = self.act(cognition, noise)
+        normalized = self.act(cognition, noise, generator)
         actions, clipped = unnormalize_actions(normalized.float().cpu().numpy(), stats)
         return Prediction(actions, clipped, cognition, selection)
 
@@ -158,7 +164,7 @@ class Policy:
         )
         return cognition_token(hidden_states, mask), selection
 
-    def act(self, cognition: Tensor, noise: Tensor) -> Tensor:
+    def act(self, cognition: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Denoise an action chunk: (B, 1, D) and noise (B, H, A) -> normalised actions (B, H, A)."""
         return sample_actions(
             self.model.action_head,
@@ -166,7 +172,7 @@ class Policy:
             noise,
             self.settings.diffusion,
             self.settings.action_cache,
-            self._generator,
+            generator or self._generator,
         )
 
     def draw_noise(self, batch_size: int, generator: torch.Generator) -> Tensor:
