@@ -135,10 +135,9 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.96) -> tuple[flo
 def rows(run: Path, samples: Path, episodes: int, fewer: int) -> dict[str, tuple[Variant, Trial, int]]:
     """What is measured: name -> policy, trial, episodes per task."""
     ranked = sorted(analyze(run, samples).layers, key=lambda layer: layer.importance, reverse=True)
-    most = tuple(layer.index for layer in ranked[:3])
-    least = tuple(layer.index for layer in ranked[-3:])
-    tokens = VisualTokenSettings(num_keep=14)
-    pruned = InferenceSettings(visual_tokens=tokens)
+    most, least = (tuple(layer.index for layer in layers) for layers in (ranked[:3], ranked[:-4:-1]))
+    # The language model's lower half is where this model finds hand and object, so its tokens can leave before layer 4.
+    few, half = (InferenceSettings(visual_tokens=VisualTokenSettings(num_keep=n, prune_layer=4)) for n in (14, 28))
     two_steps = InferenceSettings(diffusion=DiffusionSettings(num_denoise_steps=2))
     return {
         "as trained": (Variant(), Trial(), episodes),
@@ -146,9 +145,12 @@ def rows(run: Path, samples: Path, episodes: int, fewer: int) -> dict[str, tuple
         "control: blind": (Variant(), Trial(blind=True), fewer),
         f"without the 3 most important layers {most}": (Variant(most), Trial(), fewer),
         f"without the 3 least important layers {least}": (Variant(least), Trial(), fewer),
-        "14 of 64 visual tokens, at random": (Variant(random_tokens=True, settings=pruned), Trial(), fewer),
-        "14 of 64 visual tokens, by score": (Variant(settings=pruned), Trial(), fewer),
+        "14 of 64 visual tokens from layer 4, at random": (Variant(random_tokens=True, settings=few), Trial(), fewer),
+        "14 of 64 visual tokens from layer 4, by score": (Variant(settings=few), Trial(), fewer),
         "2 denoising steps": (Variant(settings=two_steps), Trial(), fewer),
+        f"without the least important layer ({least[0]})": (Variant(least[:1]), Trial(), fewer),
+        "28 of 64 visual tokens from layer 4, at random": (Variant(random_tokens=True, settings=half), Trial(), fewer),
+        "28 of 64 visual tokens from layer 4, by score": (Variant(settings=half), Trial(), fewer),
     }
 
 
@@ -263,7 +265,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=50, help="per task, of the policy as trained")
-    parser.add_argument("--fewer", type=int, default=25, help="per task, of every other row")
+    parser.add_argument("--fewer", type=int, default=15, help="per task, of every other row")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, required=True, help="JSON; rows that it holds already are kept")
     args = parser.parse_args()

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 from evla_cli.checkpoint.files import write_json
 from evla_cli.checkpoint.tensors import LazyTensor
 from evla_cli.families.cogact import NativeNames, native_paths, write_llm_config
-from evla_cli.models.cogact import CogACTConfig, CogACTForActionPrediction
+from evla_cli.models.cogact import CogACTConfig, CogACTForActionPrediction, cognition_token
 from evla_cli.models.diffusion import NoiseSchedule
 
 EPISODES = {"train": 140, "validation": 10, "samples": 8}  # per task
@@ -252,7 +252,7 @@ def losses(
     final, visual = run_decoder(model, embedded, model.config.text_config.num_hidden_layers)
     patch_loss, position_loss = heads.locating_loss(visual, batch.position, batch.pixel)
     mask = model.expand_mask(batch.attention_mask, batch.input_ids)
-    cognition = model.cognition_token(final, mask)  # (B, 1, D)
+    cognition = cognition_token(final, mask)  # (B, 1, D)
     diffusion_loss = denoising_loss(model, cognition, batch.actions, generator)
     regression_loss = heads.regression_loss(cognition, batch.actions)
     total = diffusion_loss + regression_loss + 0.3 * (0.3 * patch_loss + position_loss)
@@ -521,7 +521,7 @@ def main() -> None:
     run = args.output / "cogact-metaworld"
     write_run(run, weights, statistics, args.seed)
     write_samples(args.output / "samples", Data(args.work / "data", "samples"))
-    measure(run, args.output / "samples", args.work / "results.json", 50, 25, args.processes)
+    measure(run, args.output / "samples", args.work / "results.json", 50, 15, args.processes)
 
 
 if __name__ == "__main__":
