@@ -1,0 +1,76 @@
+"""Pico checkpoints, written once a session. Copy what you change: `shutil.copytree(cogact_run, tmp_path / "run")`."""
+
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+
+from evla_cli.runtime.policy import Policy, policy_from_checkpoint
+
+
+@pytest.fixture(scope="session")
+def cogact_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("cogact") / "run"
+    pico.write_cogact(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory: pytest.TempPathFactory):
+    """`decoders("qwen2")` is the directory of that pico decoder."""
+    root = tmp_path_factory.mktemp("decoders")
+
+    def directory(model_type: str) -> Path:
+        path = root / model_type
+        if not path.exists():
+            path.mkdir()
+            pico.write_decoder(path, model_type)
+        return path
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def image_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("images") / "samples"
+    pico.write_image_samples(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "samples.jsonl"
+    pico.write_text_samples(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def policy(cogact_run: Path) -> Policy:
+    """The pico CogACT under neutral settings; `policy.with_settings(...)` for others."""
+    return policy_from_checkpoint(cogact_run)
+
+
+@pytest.fixture(scope="session")
+def policy64(cogact_run: Path) -> Policy:
+    """The same in float64, where equality up to rounding can be asked for tightly."""
+    return policy_from_checkpoint(cogact_run, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def importance_file(cogact_run: Path, image_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from evla_cli import pipeline
+
+    file = tmp_path_factory.mktemp("importance") / "importance.json"
+    pipeline.analyze_to_file(cogact_run, image_samples, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def bundle(cogact_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pico CogACT exported with 8 of its 16 visual tokens and the paper's interval of 5."""
+    from evla_cli import pipeline
+
+    directory = tmp_path_factory.mktemp("bundle") / "bundle"
+    pipeline.export(cogact_run, directory, pipeline.settings_with(None, visual_tokens={"num_keep": 8}))
+    return directory
