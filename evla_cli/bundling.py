@@ -4,13 +4,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.bundle import SETTINGS, differing_files, open_bundle, write_manifest
+from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, differing_files, open_bundle, write_manifest
 from evla_cli.checkpoint.files import copy_file, write_json, write_text, write_yaml
 from evla_cli.checkpoint.tensors import load_finite, total_bytes, total_elements
-from evla_cli.errors import CheckFailed
+from evla_cli.errors import CheckFailed, EvlaError
 from evla_cli.families import open_checkpoint
-from evla_cli.families.base import TOKENIZER_FILES, Checkpoint, check_weights
-from evla_cli.models.skeleton import build_skeleton, expected_shapes
+from evla_cli.families.base import TOKENIZER_FILES, Checkpoint
+from evla_cli.models.processing import CogACTProcessor
+from evla_cli.models.skeleton import checked_skeleton
 from evla_cli.progress import progress_bar
 from evla_cli.settings import InferenceSettings
 
@@ -38,16 +39,26 @@ def write_bundle_files(checkpoint: Checkpoint, dest: Path, settings: InferenceSe
     write_manifest(dest, provenance)
 
 
-def verify_bundle(root: Path, check_hashes: bool = True) -> dict[str, Any]:
-    """All that can be wrong with a bundle: files and hashes, weights against the model, settings against both."""
+def verify_bundle(root: Path) -> dict[str, Any]:
+    """All that can be wrong with a bundle: files and hashes, weights against the model, settings against both.
+
+    Errors: CheckFailed for whatever is wrong; EvlaError where there is no bundle to check.
+    """
+    if not (root / MANIFEST).is_file():
+        raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
+    try:
+        return _check_bundle(root)
+    except EvlaError as error:
+        raise CheckFailed(str(error)) from error
+
+
+def _check_bundle(root: Path) -> dict[str, Any]:
     bundle = open_bundle(root)
-    if check_hashes:
-        changed = differing_files(bundle)
-        if changed:
-            raise CheckFailed(f"{root}: {len(changed)} files differ from the manifest (first: {changed[0]}).")
+    changed = differing_files(bundle)
+    if changed:
+        raise EvlaError(f"{root}: {len(changed)} files differ from the manifest (first: {changed[0]}).")
     checkpoint = open_checkpoint(root)
-    check_weights(expected_shapes(build_skeleton(checkpoint.family, checkpoint.config)), checkpoint.weights, root)
-    check_settings(InferenceSettings.load(root / SETTINGS), checkpoint)
+    check_export(checkpoint, InferenceSettings.load(root / SETTINGS))
     with progress_bar("verifying", len(checkpoint.weights), "tensor") as bar:
         for name, lazy in checkpoint.weights.items():
             load_finite(name, lazy)
@@ -55,8 +66,18 @@ def verify_bundle(root: Path, check_hashes: bool = True) -> dict[str, Any]:
     return {"files": len(bundle.files), "tensors": len(checkpoint.weights), "bytes": total_bytes(checkpoint.weights)}
 
 
-def check_settings(settings: InferenceSettings, checkpoint: Checkpoint) -> None:
+def check_export(checkpoint: Checkpoint, settings: InferenceSettings) -> None:
+    """Everything that a policy needs but the weights' values: names, shapes, tokenizer, settings it can obey."""
+    if not checkpoint.family.has_action_head:
+        raise EvlaError(
+            f"{checkpoint.root} has no action head, so there is nothing to run as a policy; a pruned decoder loads "
+            "with transformers as it is."
+        )
+    if checkpoint.tokenizer_dir is None:
+        raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
+    checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     config = checkpoint.family.build_config(checkpoint.config)
+    CogACTProcessor(config, checkpoint.tokenizer_dir)
     settings.check(
         config.num_visual_tokens,
         checkpoint.num_layers,

@@ -73,7 +73,7 @@ def samples_sha256(samples: list[Sample]) -> str:
 
 
 def decode_image(data: bytes, where: str) -> "Image":
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -82,6 +82,8 @@ def decode_image(data: bytes, where: str) -> "Image":
             return image.convert("RGB")
     except EvlaError:
         raise
+    except UnidentifiedImageError as error:
+        raise EvlaError(f"{where} is not an image in a format that Pillow reads.") from error
     except Exception as error:  # PIL raises many kinds for damaged files
         raise EvlaError(f"{where} is not an image that can be read ({type(error).__name__}: {error}).") from error
 
@@ -122,6 +124,8 @@ def _field(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise EvlaError(f"{where}: missing field '{key}' (a text that is not empty).")
+    if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise EvlaError(f"{where}: field '{key}' is not valid Unicode (a lone surrogate).")
     return value
 
 

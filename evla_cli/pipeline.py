@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evla_cli.bundling import check_settings, verify_bundle, write_bundle_files
+from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
 from evla_cli.calibration import decode_image, load_samples, samples_sha256
 from evla_cli.checkpoint.files import check_output, check_output_file, new_directory, write_file, write_yaml
 from evla_cli.checkpoint.tensors import LazyTensors, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.errors import EvlaError
+from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
-from evla_cli.families.base import Checkpoint, check_weights
+from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_importance import importance_and_error, measure_layer
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.methods.row_selection import select_channels
 from evla_cli.models.cogact import cognition_token
-from evla_cli.models.skeleton import build_skeleton, expected_shapes
+from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream
 from evla_cli.plan import SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
@@ -44,6 +45,7 @@ def analyze(
     with_action_head: bool = False,
 ) -> LayerImportance:
     """How much every decoder layer does on the samples in `data`. Layers are read one at a time."""
+    check_device(device)
     checkpoint = open_checkpoint(source)
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
@@ -87,12 +89,12 @@ def analyze_to_file(
 ) -> LayerImportance:
     """`analyze`, its result written to `output`, and its pictures into `figures`."""
     check_output_file(output, overwrite)
-    result = analyze(source, data, with_action_head=figures is not None, **options)
     if figures is not None:
-        from evla_cli.evaluation.figures import draw_importance
-
-        draw_importance(result, figures)
+        check_figures(figures, overwrite)
+    result = analyze(source, data, with_action_head=figures is not None, **options)
     write_file(output, result.to_json(), overwrite)
+    if figures is not None:
+        draw_importance(result, figures)
     return result
 
 
@@ -130,6 +132,7 @@ def prune(
     checkpoint = open_checkpoint(source)
     if not dry_run:
         check_output(dest, overwrite, [checkpoint.root])
+    checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     scores = _checked_importance(importance, checkpoint) if importance else None
     keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, protect_first)
     mlp_keep, facts = _channels_to_keep(checkpoint, keep, mlp_prune_ratio, mlp_method, seed)
@@ -235,24 +238,15 @@ def export(
 ) -> dict[str, Any]:
     """Write a self-contained bundle from a checkpoint that acts, then verify what was written."""
     checkpoint = open_checkpoint(source)
-    if not checkpoint.family.has_action_head:
-        raise EvlaError(
-            f"{checkpoint.root} has no action head, so there is nothing to run as a policy; a pruned decoder loads "
-            "with transformers as it is."
-        )
-    if checkpoint.tokenizer_dir is None:
-        raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
     check_output(dest, overwrite, [checkpoint.root])
-    check_settings(settings, checkpoint)
-    check_weights(
-        expected_shapes(build_skeleton(checkpoint.family, checkpoint.config)), checkpoint.weights, checkpoint.root
-    )
+    shard_bytes = parse_size(max_shard_size)
+    check_export(checkpoint, settings)
     weights = checkpoint.weights
     if dtype is not None:
         weights = {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
     with new_directory(dest, overwrite) as staging:
         with progress_bar("exporting", total_bytes(weights), "B") as bar:
-            write_huggingface_weights(staging, weights, parse_size(max_shard_size), bar.update)
+            write_huggingface_weights(staging, weights, shard_bytes, bar.update)
         write_bundle_files(checkpoint, staging, settings)
         return verify_bundle(staging)
 

@@ -3,24 +3,53 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evla_cli import __version__, pipeline
+from evla_cli.bundling import check_export
 from evla_cli.calibration import load_samples, samples_sha256
-from evla_cli.checkpoint.files import read_json, sha256_file, write_file
+from evla_cli.checkpoint.files import made_directory, read_json, sha256_file, write_file
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
-from evla_cli.schema import to_mapping
+from evla_cli.schema import from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
-_STATE = "run.json"
+STATE = "run.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StageState:
+    """A stage that was done: hashes of everything that went in (options included) and of what came out."""
+
+    inputs: str
+    output: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`run.json`, in the recipe's output directory."""
+
+    schema_version: int
+    stages: dict[str, StageState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+
+    @classmethod
+    def load(cls, path: Path) -> "RunState":
+        return from_mapping(cls, read_json(path), str(path)) if path.is_file() else cls(SCHEMA_VERSION)
 
 
 def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, bool]]:
     """Follow the recipe. Returns stage, output, and whether it was done (False: unchanged, skipped)."""
     recipe = Recipe.load(path)
     source, output = path.parent / recipe.source, path.parent / recipe.output
+    if recipe.export is not None:  # before hours of work are done for it
+        check_export(open_checkpoint(source), recipe.export.settings)
     stages = _Stages(output, overwrite)
     current = source
     importance: Path | None = None
@@ -85,26 +114,25 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
 
 
 class _Stages:
-    """What has been done, kept in `run.json`: for every stage the hash of all that went in, and its output's."""
-
     def __init__(self, output: Path, overwrite: bool):
         self._output, self._overwrite = output, overwrite
-        self._path = output / _STATE
-        self._state = read_json(self._path) if self._path.is_file() else {}
+        self._path = output / STATE
+        self._done = dict(RunState.load(self._path).stages)
         self.log: list[tuple[str, Path, bool]] = []
 
     def run(self, stage: str, dest: Path, inputs: dict[str, Any], work: Callable[[], Any]) -> None:
         key = hashlib.sha256(json.dumps([__version__, stage, inputs], sort_keys=True).encode()).hexdigest()
-        entry = self._state.get(stage, {})
-        if entry.get("inputs") == key and dest.exists() and entry.get("output") == _fingerprint(dest):
+        entry = self._done.get(stage)
+        if entry is not None and dest.exists() and entry == StageState(key, _fingerprint(dest)):
             self.log.append((stage, dest, False))
             return
-        if dest.exists() and not entry and not self._overwrite:
+        if dest.exists() and entry is None and not self._overwrite:
             raise EvlaError(f"{dest} already exists and was not made by this recipe. Pass --overwrite to replace it.")
-        self._output.mkdir(parents=True, exist_ok=True)
-        work()
-        self._state[stage] = {"inputs": key, "output": _fingerprint(dest)}
-        write_file(self._path, json.dumps(self._state, indent=2) + "\n", overwrite=True)
+        with made_directory(self._output):
+            work()
+            self._done[stage] = StageState(key, _fingerprint(dest))
+            state = to_mapping(RunState(SCHEMA_VERSION, self._done))
+            write_file(self._path, json.dumps(state, indent=2) + "\n", overwrite=True)
         self.log.append((stage, dest, True))
 
 

@@ -31,7 +31,10 @@ def from_mapping(cls: type[T], mapping: Any, where: str) -> T:
     if missing:
         raise EvlaError(f"{where}: missing key '{missing[0]}'.")
     values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in mapping.items()}
-    return cls(**values)
+    try:
+        return cls(**values)
+    except EvlaError as error:  # the record checks its values; only here it is known where they stood
+        raise EvlaError(f"{where}: {error}") from error
 
 
 def to_mapping(record: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ CONTEXTS = ("text", "instruction", "cognition")
 DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
 SAMPLERS = ("ddim", "ddpm")
+MLP_METHODS = ("prunenet", "magnitude", "random")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,14 @@ class VisualTokenSettings:
     diversity: str = "one_shot"
 
     def __post_init__(self) -> None:
-        _at_least("visual_tokens.prune_layer", self.prune_layer, 1)
-        _at_least("visual_tokens.num_key", self.num_key, 1)
+        _at_least("prune_layer", self.prune_layer, 1)
+        _at_least("num_key", self.num_key, 1)
         if not 0 <= self.task_ratio <= 1:
-            raise EvlaError(f"visual_tokens.task_ratio must be between 0 and 1, got {self.task_ratio}.")
+            raise EvlaError(f"task_ratio must be between 0 and 1, got {self.task_ratio}.")
         if self.num_keep is not None and self.num_keep < self.num_key:
-            raise EvlaError(
-                f"visual_tokens.num_keep is {self.num_keep}, fewer than the {self.num_key} key tokens it must include."
-            )
-        _one_of("visual_tokens.context", self.context, CONTEXTS)
-        _one_of("visual_tokens.diversity", self.diversity, DIVERSITIES)
+            raise EvlaError(f"num_keep is {self.num_keep}, fewer than the {self.num_key} key tokens it must include.")
+        _one_of("context", self.context, CONTEXTS)
+        _one_of("diversity", self.diversity, DIVERSITIES)
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class ActionCacheSettings:
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _at_least("action_cache.interval", self.interval, 1)
+        _at_least("interval", self.interval, 1)
         for module in self.modules:
-            _one_of("action_cache.modules", module, MODULES)
+            _one_of("modules", module, MODULES)
         if not self.modules or len(set(self.modules)) != len(self.modules):
-            raise EvlaError(f"action_cache.modules must name each of {', '.join(MODULES)} at most once, and one.")
+            raise EvlaError(f"modules must name each of {', '.join(MODULES)} at most once, and one.")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) != len(self.blocks)):
-            raise EvlaError("action_cache.blocks must list each block once, and at least one; leave it out for all.")
+            raise EvlaError("blocks must list each block once, and at least one; leave it out for all.")
 
     @property
     def whole_stack(self) -> bool:
@@ -87,10 +87,10 @@ class DiffusionSettings:
     cfg_scale: float = 1.5  # classifier-free guidance; 1.0 is none
 
     def __post_init__(self) -> None:
-        _one_of("diffusion.sampler", self.sampler, SAMPLERS)
-        _at_least("diffusion.num_denoise_steps", self.num_denoise_steps, 1)
+        _one_of("sampler", self.sampler, SAMPLERS)
+        _at_least("num_denoise_steps", self.num_denoise_steps, 1)
         if not 1.0 <= self.cfg_scale < float("inf"):
-            raise EvlaError(f"diffusion.cfg_scale must be at least 1 (1 is no guidance), got {self.cfg_scale}.")
+            raise EvlaError(f"cfg_scale must be at least 1 (1 is no guidance), got {self.cfg_scale}.")
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,7 @@ class InferenceSettings:
 
     @classmethod
     def load(cls, path: Path) -> "InferenceSettings":
-        record = read_yaml(path)
-        if "schema_version" not in record:
-            raise EvlaError(f"{path}: missing key 'schema_version' ({SCHEMA_VERSION}).")
-        return from_mapping(cls, record, str(path))
+        return from_mapping(cls, _read_versioned(path), str(path))
 
     def to_record(self) -> dict[str, Any]:
         return to_mapping(self)
@@ -152,6 +149,10 @@ class AnalyzeRecipe:
     batch_size: int = 8
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
+        _one_of("dtype", self.dtype, DTYPES)
+
 
 @dataclass(frozen=True)
 class PruneRecipe:
@@ -162,12 +163,23 @@ class PruneRecipe:
     mlp_method: str = "prunenet"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least("drop_layers", self.drop_layers, 0)
+        _at_least("seed", self.seed, 0)
+        _one_of("mlp_method", self.mlp_method, MLP_METHODS)
+        if not 0 <= self.mlp_prune_ratio < 1:
+            raise EvlaError(f"mlp_prune_ratio is the fraction removed, in [0, 1), got {self.mlp_prune_ratio}.")
+
 
 @dataclass(frozen=True)
 class ExportRecipe:
     settings: InferenceSettings = field(default_factory=InferenceSettings)
     dtype: str | None = None
     max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,14 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> "Recipe":
-        return from_mapping(cls, read_yaml(path), str(path))
+        return from_mapping(cls, _read_versioned(path), str(path))
+
+
+def _read_versioned(path: Path) -> dict[str, Any]:
+    record = read_yaml(path)
+    if "schema_version" not in record:
+        raise EvlaError(f"{path}: missing key 'schema_version' ({SCHEMA_VERSION}).")
+    return record
 
 
 def _at_least(name: str, value: int, least: int) -> None:

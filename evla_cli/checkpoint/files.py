@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ def inside(directory: Path, name: Any, where: str) -> Path:
     parts = Path(str(name)).parts
     if not isinstance(name, str) or not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise EvlaError(f"{where}: '{name}' is not a path inside {directory}.")
+    if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts):
+        raise EvlaError(f"{where}: '{name[:40]}...' is longer than a file name can be.")
     return directory / name
 
 
@@ -128,6 +130,23 @@ def new_directory(dest: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def made_directory(path: Path) -> Iterator[None]:
+    """`path` and its parents exist inside the block; those that were made here go again if it fails."""
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvlaError(f"Cannot make the directory {path}: {error.strerror}.") from error
+    try:
+        yield
+    except BaseException:
+        for directory in made:
+            with suppress(OSError):  # not empty: an earlier stage's output stands there
+                directory.rmdir()
+        raise
+
+
 def check_output_file(dest: Path, overwrite: bool) -> None:
     """Refuse an output file before any work is done for it."""
     if dest.is_dir():
@@ -158,10 +177,16 @@ def _replace(staging: Path, dest: Path, overwrite: bool) -> None:
             raise EvlaError(f"{dest} appeared while this command ran; nothing was replaced.")
         old = Path(tempfile.mkdtemp(prefix=f".{dest.name}.old-", dir=dest.parent))
         os.replace(dest, old / dest.name)
-    os.rename(staging, dest)
-    _sync_directory(dest.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    try:
+        os.rename(staging, dest)
+        _sync_directory(dest.parent)
+    except BaseException:  # an interrupt too: what was there comes back
+        if old is not None and not os.path.lexists(dest):
+            os.replace(old / dest.name, dest)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -17,7 +17,11 @@ class MappedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.size = path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                self.size = file.seek(0, 2)
+        except OSError as error:
+            raise EvlaError(f"Cannot read {path}: {error.strerror}.") from error
         self._map: mmap.mmap | None = None
 
     def tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, limit: int) -> LazyTensor:

@@ -50,7 +50,7 @@ def split_into_shards(tensors: LazyTensors, max_shard_bytes: int) -> list[LazyTe
 
 def parse_size(text: str) -> int:
     """`"500MB"`, `"2GiB"` or a number of bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size <= 0:
         raise EvlaError(f"'{text}' is not a size such as 500MB, 2GiB or a number of bytes.")

@@ -22,7 +22,13 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except EvlaError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
+            sys.exit(error.exit_code)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:  # in one line, too: click would print the usage before it
+            command = error.ctx.command_path if error.ctx else "evla"
+            click.echo(f"Error: {error.format_message()} See {command} --help.", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted; nothing was left behind.", err=True)

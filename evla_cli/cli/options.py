@@ -1,12 +1,32 @@
 """Options that several commands share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+
+class PathOption(click.Path):
+    """A path that the system can look up, whether something is there or not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # each command says itself what it misses
+        except (OSError, ValueError) as error:  # too long, forbidden, a null byte
+            self.fail(
+                f"'{str(value)[:80]}' is not a path that can be used: {getattr(error, 'strerror', None) or error}."
+            )
+        if not str(value):
+            self.fail("The path is empty.")
+        return path
+
+
+PATH = PathOption()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -26,6 +46,8 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
 
 
+METHOD_CHOICE = click.Choice(["prunenet", "magnitude", "random"])
+SEED = click.IntRange(0, 2**63 - 1)
 DTYPE_CHOICE = click.Choice(["float32", "bfloat16", "float16"])
 
 

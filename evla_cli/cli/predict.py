@@ -2,7 +2,7 @@ from pathlib import Path
 
 import click
 
-from evla_cli.cli.options import DTYPE_CHOICE, PATH, device_option, json_option, quiet_option
+from evla_cli.cli.options import DTYPE_CHOICE, PATH, SEED, device_option, json_option, quiet_option
 
 EXAMPLE = """
 \b
@@ -16,7 +16,7 @@ Example:
 @click.option("--image", type=PATH, required=True, help="The camera image.")
 @click.option("--instruction", required=True, help="What the robot should do.")
 @click.option("--unnorm-key", help="Dataset whose statistics un-normalise (needed if the model knows several).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the diffusion noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the diffusion noise.")
 @click.option("--dtype", type=DTYPE_CHOICE, help="To compute in (default: as in the bundle).")
 @device_option
 @json_option

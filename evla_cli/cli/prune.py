@@ -2,7 +2,7 @@ from pathlib import Path
 
 import click
 
-from evla_cli.cli.options import PATH, IdList, json_option, overwrite_option, quiet_option
+from evla_cli.cli.options import METHOD_CHOICE, PATH, SEED, IdList, json_option, overwrite_option, quiet_option
 
 EXAMPLE = """
 \b
@@ -28,8 +28,8 @@ Examples:
     help="Layers at the start that stay (default: 2 for a VLA, whose visual tokens leave after them; else 0).",
 )
 @click.option("--mlp-prune-ratio", type=float, default=0.0, show_default=True, help="Fraction of MLP width removed.")
-@click.option("--mlp-method", default="prunenet", show_default=True, help="prunenet, magnitude or random.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prunenet's training and of random rows.")
+@click.option("--mlp-method", type=METHOD_CHOICE, default="prunenet", show_default=True, help="How rows are chosen.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of prunenet's training and of random rows.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @json_option
 @quiet_option

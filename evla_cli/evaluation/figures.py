@@ -1,20 +1,36 @@
 """Figures 1b and 1c of EfficientVLA (arXiv 2506.10100) for any checkpoint: what its layers and denoising steps do."""
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from evla_cli.checkpoint.files import check_output_file
 from evla_cli.errors import EvlaError
 from evla_cli.plan import LayerImportance
 
+FIGURES = ("layer_importance.png", "layer_similarity.png", "denoise_similarity.png")
+
+
+def check_figures(directory: Path, overwrite: bool) -> None:
+    """Refuse a folder for figures before any work is done for them."""
+    if find_spec("matplotlib") is None:
+        raise EvlaError("Drawing needs matplotlib: pip install 'evla[figures]'.")
+    if not directory.parent.is_dir():
+        raise EvlaError(f"{directory.parent} does not exist or is not a directory; create it first.")
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise EvlaError(f"{directory} is not a directory.")
+    for name in FIGURES:
+        if directory.is_dir():
+            check_output_file(directory / name, overwrite)
+
 
 def draw_importance(result: LayerImportance, directory: Path) -> list[Path]:
-    """`layer_importance.png`, `layer_similarity.png`, and `denoise_similarity.png` where there is an action head."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise EvlaError("Drawing needs matplotlib: pip install 'evla[figures]'.") from error
+    """The first two of `FIGURES`, and the third where there is an action head."""
+    import matplotlib
+
     matplotlib.use("agg")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)
     paths = [_importance_bars(result, directory), _similarity_curve(result, directory)]
     if result.action_head:
         paths.append(_denoise_heatmaps(result.action_head, directory))

@@ -10,6 +10,7 @@ How to add a family
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,20 @@ class Checkpoint:
     write_pruned: "Callable[[Checkpoint, Path, LazyTensors, PrunePlan, Callable[[int], Any] | None], None]" = field(
         repr=False
     )
+
+    def __post_init__(self) -> None:
+        pattern = re.compile(re.escape(self.layer_prefix) + r"\.(\d+)\.")
+        numbers = {int(match[1]) for name in self.reader.tensors if (match := pattern.match(name))}
+        said = self.decoder_config.get("num_hidden_layers")
+        if not numbers or numbers != set(range(len(numbers))) or said != len(numbers):
+            raise EvlaError(
+                f"{self.root}: the config says {said} decoder layers, the weights hold {len(numbers)} "
+                f"({self.layer_prefix}.*); the two must agree, numbered from 0 without a gap."
+            )
+        for key in ("hidden_size", "intermediate_size"):
+            size = self.decoder_config.get(key)
+            if type(size) is not int or size < 1:
+                raise EvlaError(f"{self.root}: the decoder's {key} must be a positive whole number, found {size!r}.")
 
     @property
     def decoder_config(self) -> dict[str, Any]:

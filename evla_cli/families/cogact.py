@@ -9,7 +9,7 @@ tensors cannot tell is the number of attention heads: known for the published si
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from evla_cli.checkpoint.files import copy_file, read_json, write_json, write_te
 from evla_cli.checkpoint.reader import open_torch_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.checkpoint.torch_format import write_torch
-from evla_cli.errors import EvlaError
+from evla_cli.errors import EvlaError, suggest
 from evla_cli.families.base import TOKENIZER_FILES, Checkpoint, ModelFamily, find_tokenizer, prune_config
-from evla_cli.families.huggingface import copy_other_files, open_huggingface
+from evla_cli.families.huggingface import copy_other_files, open_huggingface, read_config
 from evla_cli.plan import PrunePlan
+from evla_cli.schema import from_mapping
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,6 +45,9 @@ _UNUSED = re.compile(r"model\.ema_diffusion\..*|.*\.rotary_emb\.inv_freq")
 _DINO_HEADS = {1024: 16}
 _SIGLIP_HEADS = {1152: 16}
 _ACTION_HEADS = {384: 4, 768: 12, 1024: 16}
+_HEAD_PARTS = ("action_model", "dino", "siglip")
+_MAX_TRAIN_STEPS = 10_000  # CogACT: 100
+_HUGE = 1e30  # no robot's unit
 # meta-llama/Llama-2-7b-hf, from where CogACT's own code takes its config
 _LLAMA_2_7B = {"num_attention_heads": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096}
 
@@ -59,7 +63,7 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
             raise EvlaError(f"{path / 'checkpoints'} holds {len(files)} .pt files; name the one to use.")
         return _open_native(path, files[0])
     if (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "cogact":
-        return open_huggingface(path, COGACT, read_json(path / "config.json"))
+        return open_huggingface(path, COGACT, _checked_config(read_config(path / "config.json"), path / "config.json"))
     return None
 
 
@@ -74,6 +78,7 @@ def _open_native(run: Path, file: Path) -> Checkpoint:
         raise EvlaError(f"{run / 'config.json'} has no 'vla' entry: not the config of a CogACT run.")
     reader = open_torch_checkpoint(file)
     config = infer_config(run, reader.tensors, run_config, read_json(run / "dataset_statistics.json"))
+    _checked_config(config, run)
     return Checkpoint(
         root=run,
         family=COGACT,
@@ -257,14 +262,28 @@ def _join(tensors: list[LazyTensor]) -> LazyTensor:
 # Config
 
 
+@dataclass(frozen=True)
+class GivenByHand:
+    """The `evla` entry of a native config.json: what tensors cannot tell."""
+
+    num_attention_heads: dict[str, int] = field(default_factory=dict)
+    prompt_suffix_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for part in self.num_attention_heads:
+            if part not in _HEAD_PARTS:
+                raise EvlaError(f"num_attention_heads: unknown part '{part}'. {suggest(part, _HEAD_PARTS)}")
+
+
 def infer_config(
     run: Path, native: LazyTensors, run_config: dict[str, Any], norm_stats: dict[str, Any]
 ) -> dict[str, Any]:
     """The model's config from the shapes of a native checkpoint and the files beside it."""
-    heads = run_config.get("evla", {}).get("num_attention_heads", {})
+    given = from_mapping(GivenByHand, run_config.get("evla", {}), f"{run / 'config.json'}: evla")
+    heads = given.num_attention_heads
     shape = _ShapeReader(native, run)
     dino, siglip, action = _PARTS["dino"], _PARTS["siglip"], _PARTS["action_head"]
-    action_width = shape(f"{action}.x_embedder.linear.weight", 2)[0]
+    action_width, action_dim = shape(f"{action}.x_embedder.linear.weight", 2)
     text = _text_config(run, shape)
     return {
         "model_type": "cogact",
@@ -288,7 +307,7 @@ def infer_config(
             "vision_use_head": f"{siglip}.attn_pool.latent" in native,
         },
         "text_config": text,
-        "prompt_suffix_ids": _suffix_ids(run, run_config, text["vocab_size"]),
+        "prompt_suffix_ids": None if given.prompt_suffix_ids is None else list(given.prompt_suffix_ids),
         "projector_hidden_size": shape(f"{_PARTS['projector']}.projector.0.weight", 2)[0],
         "action_config": {
             "hidden_size": action_width,
@@ -296,25 +315,55 @@ def infer_config(
             "num_attention_heads": _num_heads(run, "action_model", action_width, heads, _ACTION_HEADS),
             "intermediate_size": shape(f"{action}.blocks.0.mlp.fc1.weight", 2)[0],
             "condition_size": text["hidden_size"],
-            "action_dim": shape(f"{action}.x_embedder.linear.weight", 2)[1],
+            "action_dim": action_dim,
             "action_horizon": shape(f"{action}.positional_embedding", 2)[0] - 1,
         },
-        "norm_stats": check_norm_stats(norm_stats, run / "dataset_statistics.json"),
+        "norm_stats": check_norm_stats(norm_stats, action_dim, run / "dataset_statistics.json"),
     }
 
 
-def check_norm_stats(norm_stats: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Only the statistics that un-normalise actions, checked: finite q01 and q99 of the same length, a boolean mask."""
+_SECTIONS = ("dino_config", "siglip_config", "text_config", "action_config", "norm_stats")
+
+
+def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The config, if it is one of a CogACT that can be built."""
+    absent = [name for name in _SECTIONS if not isinstance(config.get(name), dict)]
+    if absent:
+        raise EvlaError(f"{where} has no section '{absent[0]}', which the config of a CogACT needs.")
+    try:
+        built = _build_config(config)
+    except Exception as error:  # transformers raises many kinds, all of them about the config
+        raise EvlaError(f"{where}: not a valid config: {' '.join(str(error).split())[:250]}") from error
+    check_norm_stats(config["norm_stats"], built.action_config.action_dim, where)
+    steps, ids, vocab_size = built.action_config.num_train_steps, built.prompt_suffix_ids, built.text_config.vocab_size
+    if not 1 <= steps <= _MAX_TRAIN_STEPS:
+        raise EvlaError(f"{where}: num_train_steps must be between 1 and {_MAX_TRAIN_STEPS}, got {steps}.")
+    if ids is not None and (
+        not isinstance(ids, list) or len(ids) != 2 or not all(type(i) is int and 0 <= i < vocab_size for i in ids)
+    ):
+        raise EvlaError(f"{where}: prompt_suffix_ids must be two token ids below {vocab_size}, got {ids}.")
+    return config
+
+
+def check_norm_stats(norm_stats: dict[str, Any], action_dim: int, where: Path) -> dict[str, Any]:
+    """Only the statistics that un-normalise actions, checked: a finite q01 and q99 for every action dimension."""
     checked = {}
     for dataset, entry in norm_stats.items():
         action = entry.get("action") if isinstance(entry, dict) else None
         if not isinstance(action, dict) or "q01" not in action or "q99" not in action:
             raise EvlaError(f"{where}: dataset '{dataset}' has no action statistics q01 and q99.")
         low, high = action["q01"], action["q99"]
-        mask = action.get("mask", [True] * len(low))  # CogACT's default
-        finite = all(type(x) in (int, float) and abs(x) < float("inf") for x in [*low, *high])
-        if not finite or not len(low) == len(high) == len(mask) or not all(type(m) is bool for m in mask):
-            raise EvlaError(f"{where}: dataset '{dataset}': q01, q99 and mask must be finite and of the same length.")
+        mask = action.get("mask", [True] * action_dim)  # CogACT's default
+        if not all(isinstance(values, list) and len(values) == action_dim for values in (low, high, mask)):
+            raise EvlaError(
+                f"{where}: dataset '{dataset}': q01, q99 and mask must be lists of {action_dim}, the model's action "
+                "dimensions."
+            )
+        finite = all(type(x) in (int, float) and abs(x) < _HUGE for x in [*low, *high])
+        if not finite or not all(type(m) is bool for m in mask):
+            raise EvlaError(f"{where}: dataset '{dataset}': q01 and q99 must be finite numbers, mask true or false.")
+        if any(a > b for a, b in zip(low, high, strict=True)):
+            raise EvlaError(f"{where}: dataset '{dataset}': q01 is above q99 somewhere; the two may be swapped.")
         checked[dataset] = {"action": {"q01": low, "q99": high, "mask": mask}}
     if not checked:
         raise EvlaError(f"{where} holds no dataset.")
@@ -367,6 +416,8 @@ def _text_config(run: Path, shape: _ShapeReader) -> dict[str, Any]:
     if type(config.get("num_attention_heads")) is not int or config["num_attention_heads"] < 1:
         raise EvlaError(f"{path}: num_attention_heads must be a positive whole number.")
     head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
+    if type(head_dim) is not int or head_dim < 1:
+        raise EvlaError(f"{path}: {config['num_attention_heads']} attention heads do not fit a width of {hidden_size}.")
     return config | {
         "model_type": "llama",
         "vocab_size": vocab_size,
@@ -386,14 +437,6 @@ def _num_heads(run: Path, part: str, width: int, given: dict[str, Any], known: d
             f'{{"evla": {{"num_attention_heads": {{"{part}": <number>}}}}}} to {run / "config.json"}.'
         )
     return heads
-
-
-def _suffix_ids(run: Path, run_config: dict[str, Any], vocab_size: int) -> list[int] | None:
-    ids = run_config.get("evla", {}).get("prompt_suffix_ids")
-    valid = isinstance(ids, list) and len(ids) == 2 and all(type(i) is int and 0 <= i < vocab_size for i in ids)
-    if ids is not None and not valid:
-        raise EvlaError(f"{run / 'config.json'}: evla.prompt_suffix_ids must be two token ids below {vocab_size}.")
-    return ids
 
 
 def _whole_ratio(shape: _ShapeReader, name: str) -> int:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evla_cli.checkpoint.files import read_json
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, ModelFamily
-from evla_cli.families.huggingface import open_huggingface
+from evla_cli.families.huggingface import open_huggingface, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,7 @@ _LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 def open_checkpoint(path: Path) -> Checkpoint | None:
     if not (path / "config.json").is_file():
         return None
-    raw = read_json(path / "config.json")
+    raw = read_config(path / "config.json")
     if "model_type" not in raw:
         return None
     config = _load_config(path, raw)
@@ -39,7 +38,7 @@ def _load_config(path: Path, raw: dict[str, Any]) -> "PretrainedConfig | None":
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if raw["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if str(raw["model_type"]) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -69,6 +68,11 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: "torc
     for sample, tokens in zip(samples, token_ids, strict=True):
         if not tokens:
             raise EvlaError(f"{sample.where}: the text has no tokens.")
+        if max(tokens) >= model.config.vocab_size:
+            raise EvlaError(
+                f"{tokenizer_dir / 'tokenizer.json'} gives token {max(tokens)}, the model knows "
+                f"{model.config.vocab_size} tokens: not the tokenizer that it was trained with."
+            )
     ids, mask = pad_right(token_ids)
     ids, mask = ids.to(like.device), None if mask is None else mask.to(like.device)
     model.model(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -8,12 +8,24 @@ from evla_cli.checkpoint.files import MARKERS, copy_file, read_json, write_json
 from evla_cli.checkpoint.reader import open_huggingface_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.checkpoint.writer import write_huggingface_weights
+from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, ModelFamily, find_tokenizer, prune_config
 from evla_cli.plan import PrunePlan
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
+_MAX_LAYERS = 1000
 # Of another state of the model: manifest and settings belong to the exact weights they were made for.
 _STALE = {*MARKERS, "inference.yaml", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json. A number of layers that no model has is refused here: transformers would count up to it."""
+    config = read_json(path)
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        layers = section.get("num_hidden_layers", 1)
+        if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
+            raise EvlaError(f"{path}: num_hidden_layers must be between 1 and {_MAX_LAYERS}, found {layers!r}.")
+    return config
 
 
 def open_huggingface(

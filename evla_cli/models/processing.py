@@ -69,10 +69,11 @@ class CogACTProcessor:
             self.suffix_ids = list(_SUFFIX_IDS)
         else:
             self.suffix_ids = [self._token_id(token, tokenizer_dir) for token in _SUFFIX_TOKENS]
-        if self.tokenizer.get_vocab_size() > config.text_config.vocab_size:
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= config.text_config.vocab_size:
             raise EvlaError(
-                f"{tokenizer_dir / 'tokenizer.json'} has {self.tokenizer.get_vocab_size()} tokens, the model "
-                f"{config.text_config.vocab_size}: not the tokenizer that it was trained with."
+                f"{tokenizer_dir / 'tokenizer.json'} has token {largest}, the model knows "
+                f"{config.text_config.vocab_size} tokens: not the tokenizer that it was trained with."
             )
 
     def __call__(self, images: list[Image.Image], instructions: list[str]) -> CogACTInputs:
@@ -90,7 +91,10 @@ class CogACTProcessor:
         text = _PROMPT.format(instruction.lower())
         begin = _PROMPT.index("{}")
         end = begin + len(instruction.lower())
-        encoding = self.tokenizer.encode(text)
+        try:
+            encoding = self.tokenizer.encode(text)
+        except TypeError as error:  # from a command line in another encoding
+            raise EvlaError("The instruction is not valid Unicode text.") from error
         ids = encoding.ids
         marks = [int(first < end and last > begin and last > first) for first, last in encoding.offsets]
         if ids[:1] != [self.bos_id]:

@@ -1,5 +1,6 @@
 """Models without weights: built on the meta device, then given their tensors by name, all at once or part by part."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
+from evla_cli.errors import EvlaError
 from evla_cli.families.base import ModelFamily, check_weights
+
+_UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformers saved this buffer
 
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
@@ -18,6 +22,20 @@ def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedMod
         model = family.build_model(family.build_config(config))
     _compute_buffers(model)
     return model.eval()
+
+
+def checked_skeleton(family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path) -> PreTrainedModel:
+    """`build_skeleton` for a checkpoint from outside. Errors: no model can be built, or its weights do not fit it."""
+    try:
+        model = build_skeleton(family, config)
+    except Exception as error:  # transformers raises many kinds, all of them about the config
+        raise EvlaError(
+            f"{where}: no model can be built from its config ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    needed = {name: lazy for name, lazy in weights.items() if name not in tied and not _UNUSED.fullmatch(name)}
+    check_weights(expected_shapes(model), needed, where)
+    return model
 
 
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -61,14 +79,20 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The whole model. Errors: any weight missing, unknown, misshapen or not finite."""
-    model = build_skeleton(family, config)
-    expected = expected_shapes(model)
-    check_weights(expected, weights, where)
-    if len(expected) < len(model.state_dict()):
+    model = checked_skeleton(family, config, weights, where)
+    if len(expected_shapes(model)) < len(model.state_dict()):
         weights = weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()}
     load_weights(model, weights, dtype=dtype, device=device)
     move_buffers(model, device)
     return model
+
+
+def check_device(device: torch.device | str) -> None:
+    try:
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("the meta device computes nothing")
+    except (RuntimeError, AssertionError, AttributeError) as error:  # torch's kinds for a device that is not there
+        raise EvlaError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}. Try cpu.") from error
 
 
 def move_buffers(model: nn.Module, device: torch.device | str) -> None:

@@ -17,7 +17,7 @@ from evla_cli.calibration import Sample
 from evla_cli.checkpoint.tensors import load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
-from evla_cli.models.skeleton import build_skeleton, drop_weights, load_weights, move_buffers
+from evla_cli.models.skeleton import checked_skeleton, drop_weights, load_weights, move_buffers
 
 
 @dataclass
@@ -50,7 +50,7 @@ class DecoderStream:
         on_bytes: Callable[[int], Any] | None = None,
     ):
         self._checkpoint, self._dtype, self._device, self._on_bytes = checkpoint, dtype, device, on_bytes
-        self._model = build_skeleton(checkpoint.family, checkpoint.config)
+        self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         move_buffers(self._model, device)
         decoder: Any = self._model.get_submodule(checkpoint.family.decoder)
         self._layers = list(decoder.layers)

@@ -21,7 +21,7 @@ from evla_cli.families import open_checkpoint
 from evla_cli.methods.visual_tokens import TokenSelection
 from evla_cli.models.cogact import CogACTForActionPrediction, cognition_token
 from evla_cli.models.processing import CogACTInputs, CogACTProcessor, to_image, unnormalize_actions
-from evla_cli.models.skeleton import load_model
+from evla_cli.models.skeleton import check_device, load_model
 from evla_cli.runtime.actions import sample_actions
 from evla_cli.runtime.decoder import run_decoder
 from evla_cli.settings import InferenceSettings
@@ -53,6 +53,7 @@ def policy_from_checkpoint(
     seed: int = 0,
 ) -> "Policy":
     """A policy from any checkpoint with an action head, bundle or not, with the given settings (default: neutral)."""
+    check_device(device)
     checkpoint = open_checkpoint(source)
     if not checkpoint.family.has_action_head:
         raise EvlaError(f"{source} has no action head: only a vision-language-action model can act.")
