@@ -1,0 +1,101 @@
+"""Every YAML that ships, and every example in docs/files.md, loads with the strict schema it is meant for."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evla_cli.calibration import load_samples
+from evla_cli.families.cogact import GivenByHand
+from evla_cli.plan import LayerImportance, PrunePlan
+from evla_cli.running import RunState
+from evla_cli.schema import from_mapping
+from evla_cli.settings import InferenceSettings, Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "inference.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipe_loads(path):
+    recipe = Recipe.load(path)
+    assert recipe.analyze is not None
+    assert recipe.prune is not None
+    assert recipe.export is not None
+
+
+def test_the_papers_four_settings_ship():
+    names = {path.stem for path in RECIPES}
+    assert {f"cogact_l{layers}_t{tokens}" for layers in (28, 22) for tokens in (112, 56)} <= names
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("cogact_")], ids=lambda p: p.name)
+def test_recipe_does_what_its_name_says(path):
+    layers, tokens = map(int, re.fullmatch(r"cogact_l(\d+)_t(\d+)", path.stem).groups())
+    recipe = Recipe.load(path)
+    assert 32 - recipe.prune.drop_layers == layers
+    assert recipe.prune.mlp_prune_ratio == 0.25
+    settings = recipe.export.settings
+    assert settings.visual_tokens.num_keep == tokens
+    assert (settings.visual_tokens.num_key, settings.visual_tokens.task_ratio) == (4, 0.5)
+    assert (settings.action_cache.interval, settings.diffusion.num_denoise_steps) == (5, 10)
+    assert recipe.output.endswith(path.stem)
+
+
+def test_documented_settings_are_complete_and_neutral():
+    path = ROOT / "configs" / "inference.yaml"
+    assert InferenceSettings.load(path) == InferenceSettings()
+    given = yaml.safe_load(path.read_text())
+    assert {k: list(v) for k, v in given.items() if isinstance(v, dict)} == {
+        k: list(v) for k, v in InferenceSettings().to_record().items() if isinstance(v, dict)
+    }
+
+
+@pytest.fixture(scope="module")
+def examples() -> dict[str, list[str]]:
+    """The code blocks of docs/files.md by the title of their section."""
+    text = (ROOT / "docs" / "files.md").read_text()
+    sections = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return {
+        title: re.findall(r"^```\w+\n(.*?)^```$", body, flags=re.MULTILINE | re.DOTALL)
+        for title, body in zip(sections[1::2], sections[2::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("title", "load"),
+    [
+        ("importance.json", LayerImportance.load),
+        ("prune_plan.yaml", PrunePlan.load),
+        ("inference.yaml", InferenceSettings.load),
+        ("Recipe", Recipe.load),
+        ("run.json", RunState.load),
+    ],
+)
+def test_documented_example_loads(examples, title, load, tmp_path):
+    (tmp_path / "file").write_text(examples[title][0])
+    load(tmp_path / "file")
+
+
+def test_documented_samples_load(examples, tmp_path):
+    (tmp_path / "samples.jsonl").write_text(examples["Calibration samples"][0])
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "0001.png").write_bytes(b"")
+    assert load_samples(tmp_path, "image")[0].instruction == "open the drawer"
+
+
+def test_documented_head_counts_are_understood(examples):
+    entry = json.loads(examples["CogACT's run directory"][0])["evla"]
+    heads = from_mapping(GivenByHand, entry, "config.json: evla").num_attention_heads
+    assert set(heads) == {"dino", "siglip", "action_model"}
+
+
+def test_every_key_of_the_schemas_is_documented():
+    text = (ROOT / "docs" / "files.md").read_text()
+    for section, values in InferenceSettings().to_record().items():
+        if isinstance(values, dict):
+            assert all(f"`{section}.{key}`" in text for key in values)
+    hints = Recipe.__dataclass_fields__
+    assert all(f"`{key}`" in text or f"`{key}." in text for key in hints)

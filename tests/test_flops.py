@@ -1,0 +1,106 @@
+"""The FLOPs counter against the table of EfficientVLA (arXiv 2506.10100), on CogACT's real sizes without weights."""
+
+import math
+from functools import cache
+
+import pytest
+
+from evla_cli.evaluation.flops import count_flops
+from evla_cli.families.cogact import COGACT
+from evla_cli.models.skeleton import build_skeleton, expected_shapes
+from evla_cli.settings import ActionCacheSettings, InferenceSettings, VisualTokenSettings
+
+HEADS = {"small": (384, 6, 4), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+@cache
+def skeleton(layers=32, mlp=11008, head="base"):
+    width, blocks, heads = HEADS[head]
+    towers = {"image_size": 224, "patch_size": 14, "num_attention_heads": 16}
+    return build_skeleton(
+        COGACT,
+        {
+            "text_config": {
+                "hidden_size": 4096,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 32,
+                "intermediate_size": mlp,
+                "vocab_size": 32064,
+                "tie_word_embeddings": False,
+            },
+            "dino_config": {"hidden_size": 1024, "num_hidden_layers": 24, **towers},
+            "siglip_config": {"hidden_size": 1152, "num_hidden_layers": 27, "intermediate_size": 4304, **towers},
+            "action_config": {
+                "hidden_size": width,
+                "num_hidden_layers": blocks,
+                "num_attention_heads": heads,
+                "intermediate_size": 4 * width,
+                "condition_size": 4096,
+            },
+        },
+    )
+
+
+def settings(tokens=None, interval=1):
+    return InferenceSettings(
+        visual_tokens=VisualTokenSettings(num_keep=tokens), action_cache=ActionCacheSettings(interval=interval)
+    )
+
+
+def dense():
+    return count_flops(skeleton(), settings())
+
+
+def parameters(model):
+    return sum(math.prod(shape) for shape in expected_shapes(model).values())
+
+
+def test_dense_total_of_every_part():
+    flops = dense()
+    parts = (flops.vision, flops.language_model, flops.action_head, flops.total)
+    assert parts == pytest.approx((405.5e9, 3726.5e9, 57.96e9, 4190e9), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "mlp", "tokens", "interval", "percent"),
+    [
+        pytest.param(32, 11008, 112, 1, 58.5, id="random, T=112"),
+        pytest.param(32, 11008, 56, 1, 42.0, id="FastV, T=56"),
+        pytest.param(28, 8256, 112, 5, 45.1, id="L=28, T=112"),
+        pytest.param(28, 8256, 56, 5, 32.9, id="L=28, T=56"),
+        pytest.param(22, 8256, 112, 5, 38.2, id="L=22, T=112"),
+        pytest.param(22, 8256, 56, 5, 28.9, id="L=22, T=56"),
+    ],
+)
+def test_percentage_of_the_dense_flops(layers, mlp, tokens, interval, percent):
+    flops = count_flops(skeleton(layers, mlp), settings(tokens, interval))
+    assert 100 * flops.total / dense().total == pytest.approx(percent, abs=0.7)
+
+
+@pytest.mark.parametrize(("tokens", "tflops"), [(56, 1.76), (72, 1.96), (96, 2.25), (112, 2.45), (256, 4.19)])
+def test_tflops_of_token_pruning_alone(tokens, tflops):
+    assert count_flops(skeleton(), settings(tokens)).total / 1e12 == pytest.approx(tflops, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("layers", "mlp", "head", "billions"),
+    [
+        (32, 11008, "base", 7.63),
+        (28, 8256, "base", 5.87),
+        (22, 8256, "base", 4.86),
+        (32, 11008, "small", 7.554),
+        (22, 8256, "small", 4.786),
+        (32, 11008, "large", 7.849),
+        (22, 8256, "large", 5.081),
+    ],
+)
+def test_parameters(layers, mlp, head, billions):
+    assert parameters(skeleton(layers, mlp, head)) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_full_convention_counts_what_runs():
+    """Attention products on top, the unused last block of each tower off."""
+    full = count_flops(skeleton(), settings(), convention="full")
+    paper = dense()
+    assert full.language_model > paper.language_model
+    assert full.vision < paper.vision
