@@ -190,9 +190,12 @@ def _layers_to_keep(
         if not 1 <= num_keep <= num_layers:
             raise EvlaError(f"--keep-layers must be between 1 and {num_layers}, got {num_keep}.")
         num_drop = num_layers - num_keep
-    num_drop = num_drop or 0
+    if num_drop is None:
+        num_drop = len(set(drop_ids))
     if num_drop < 0:
         raise EvlaError(f"--drop-layers must not be negative, got {num_drop}.")
+    if num_drop < len(set(drop_ids)):
+        raise EvlaError(f"--drop-layer-ids names {len(set(drop_ids))} layers, but only {num_drop} are to go in all.")
     if scores is None and num_drop > len(set(drop_ids)):
         raise EvlaError("Dropping layers by rank needs --importance; make it with evla analyze.")
     if protect_first is None:  # tokens are pruned before layer 2, and those before it see the whole image

@@ -8,10 +8,11 @@ from typing import Any
 
 from evla_cli import __version__
 from evla_cli.checkpoint.files import read_json, read_yaml
-from evla_cli.errors import EvlaError
+from evla_cli.errors import EvlaError, suggest
 from evla_cli.schema import from_mapping, to_mapping
 
 SCHEMA_VERSION = 1
+METRICS = ("block_influence",)
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class LayerScore:
     def __post_init__(self) -> None:
         if not math.isfinite(self.importance):
             raise EvlaError(f"Layer {self.index} has the importance {self.importance}; it must be a finite number.")
+        if self.standard_error is not None and not 0 <= self.standard_error < math.inf:
+            raise EvlaError(f"Layer {self.index} has the standard error {self.standard_error}; it cannot be that.")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class LayerImportance:
             raise EvlaError(
                 f"Importance file of schema {self.schema_version}; this evla reads schema {SCHEMA_VERSION}."
             )
+        if self.metric not in METRICS:
+            raise EvlaError(f"Unknown metric '{self.metric}'. {suggest(self.metric, METRICS)}")
+        if self.num_samples < 1:
+            raise EvlaError(f"num_samples must be at least 1, got {self.num_samples}.")
         if [score.index for score in self.layers] != list(range(len(self.layers))) or not self.layers:
             raise EvlaError("The layers of an importance file must be listed in order: 0, 1, 2, ...")
 

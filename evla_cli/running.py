@@ -85,7 +85,7 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
                 source,
                 dest,
                 importance=importance,
-                num_drop=prune.drop_layers,
+                num_drop=prune.drop_layers or None,  # the recipe's default
                 drop_ids=prune.drop_layer_ids,
                 protect_first=prune.protect_first,
                 mlp_prune_ratio=prune.mlp_prune_ratio,

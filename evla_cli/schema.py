@@ -71,7 +71,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is Any:
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if type(value) is not hint:
         raise EvlaError(f"{where} must be {_NAMES.get(hint, hint.__name__)}, found {_described(value)}.")

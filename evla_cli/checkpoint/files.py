@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(read_text(path))
+        value = yaml.load(read_text(path), _StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EvlaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if value is None:
@@ -38,6 +38,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise EvlaError(f"{path} must hold a YAML mapping, found {type(value).__name__}.")
     return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping; YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice in a mapping", node.start_mark)
+        return mapping
 
 
 def read_text(path: Path) -> str:
@@ -108,7 +118,8 @@ def check_output(dest: Path, overwrite: bool, sources: Iterable[Path] = ()) -> N
         return
     if not overwrite:
         raise EvlaError(f"{dest} already exists. Pass --overwrite to replace it.")
-    if dest.is_dir() and any(dest.iterdir()) and not any((dest / marker).is_file() for marker in MARKERS):
+    empty = dest.is_dir() and not any(dest.iterdir())
+    if not empty and not any((dest / marker).is_file() for marker in MARKERS):
         raise EvlaError(f"{dest} is not a directory that evla wrote; delete it yourself if it can go.")
 
 

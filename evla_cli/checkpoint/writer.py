@@ -53,5 +53,5 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size <= 0:
-        raise EvlaError(f"'{text}' is not a size such as 500MB, 2GiB or a number of bytes.")
+        raise EvlaError(f"'{text[:40]}' is not a size such as 500MB, 2GiB or a number of bytes.")
     return size

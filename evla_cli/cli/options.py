@@ -12,8 +12,8 @@ class PathOption(click.Path):
     """A path that the system can look up, whether something is there or not."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         try:
+            path = Path(os.fsdecode(super().convert(value, param, ctx)))
             os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             pass  # each command says itself what it misses

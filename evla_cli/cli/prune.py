@@ -3,6 +3,7 @@ from pathlib import Path
 import click
 
 from evla_cli.cli.options import METHOD_CHOICE, PATH, SEED, IdList, json_option, overwrite_option, quiet_option
+from evla_cli.errors import EvlaError
 
 EXAMPLE = """
 \b
@@ -53,6 +54,8 @@ def command(
 
     DEST has SOURCE's own layout: layers are renumbered, the config is adapted, everything else is copied.
     """
+    if num_drop is None and num_keep is None and not drop_ids and mlp_prune_ratio == 0:
+        raise EvlaError("Nothing to remove: give --drop-layers, --keep-layers, --drop-layer-ids or --mlp-prune-ratio.")
     from evla_cli import pipeline
     from evla_cli.evaluation.report import print_json, prune_table
 

@@ -150,6 +150,8 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], weights: LazyTensors,
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise EvlaError(f"{where}: {name} has shape {list(weights[name].shape)}, the model needs {list(shape)}.")
+        if not weights[name].dtype.is_floating_point:
+            raise EvlaError(f"{where}: {name} has dtype {weights[name].dtype}; quantised weights cannot be handled.")
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")

@@ -335,6 +335,9 @@ def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
     except Exception as error:  # transformers raises many kinds, all of them about the config
         raise EvlaError(f"{where}: not a valid config: {' '.join(str(error).split())[:250]}") from error
     check_norm_stats(config["norm_stats"], built.action_config.action_dim, where)
+    dino, siglip = (tower.image_size // tower.patch_size for tower in (built.dino_config, built.siglip_config))
+    if dino != siglip:
+        raise EvlaError(f"{where}: the towers see {dino**2} and {siglip**2} patches of an image; they must agree.")
     steps, ids, vocab_size = built.action_config.num_train_steps, built.prompt_suffix_ids, built.text_config.vocab_size
     if not 1 <= steps <= _MAX_TRAIN_STEPS:
         raise EvlaError(f"{where}: num_train_steps must be between 1 and {_MAX_TRAIN_STEPS}, got {steps}.")
