@@ -312,8 +312,8 @@ class Trainer:
             self.stage_index, self.step = self.stage_index + 1, 0
             if self.stage_index < len(STAGES):
                 self.start_stage()
-        if self.rank == 0:
-            self.save()
+            if self.rank == 0:
+                self.save()
 
     def start_stage(self) -> None:
         """A new optimizer over the parameters that the stage moves."""
