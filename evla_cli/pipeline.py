@@ -131,7 +131,7 @@ def prune(
     """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout."""
     checkpoint = open_checkpoint(source)
     if not dry_run:
-        check_output(dest, overwrite, [checkpoint.root])
+        check_output(dest, overwrite, checkpoint.root)
     checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     scores = _checked_importance(importance, checkpoint) if importance else None
     keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, protect_first)
@@ -241,7 +241,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a self-contained bundle from a checkpoint that acts, then verify what was written."""
     checkpoint = open_checkpoint(source)
-    check_output(dest, overwrite, [checkpoint.root])
+    check_output(dest, overwrite, checkpoint.root)
     shard_bytes = parse_size(max_shard_size)
     check_export(checkpoint, settings)
     weights = checkpoint.weights

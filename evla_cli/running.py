@@ -10,13 +10,15 @@ from typing import Any
 from evla_cli import __version__, pipeline
 from evla_cli.bundling import check_export
 from evla_cli.calibration import load_samples, samples_sha256
-from evla_cli.checkpoint.files import made_directory, read_json, sha256_file, write_file
+from evla_cli.checkpoint.files import check_apart, made_directory, read_json, sha256_file, write_file
+from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.schema import from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
 STATE = "run.json"
+_SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
 SCHEMA_VERSION = 1
 
 
@@ -48,9 +50,12 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
     """Follow the recipe. Returns stage, output, and whether it was done (False: unchanged, skipped)."""
     recipe = Recipe.load(path)
     source, output = path.parent / recipe.source, path.parent / recipe.output
+    check_apart(output, source)
     if recipe.export is not None:  # before hours of work are done for it
+        parse_size(recipe.export.max_shard_size)
         check_export(open_checkpoint(source), recipe.export.settings)
     stages = _Stages(output, overwrite)
+    source_hash = _hash(source)
     current = source
     importance: Path | None = None
     if recipe.analyze is not None:
@@ -61,7 +66,7 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
         stages.run(
             "analyze",
             importance,
-            {"options": options, "source": _hash(source)},
+            {"options": options, "source": source_hash},
             lambda: pipeline.analyze_to_file(
                 source,
                 data,
@@ -74,7 +79,7 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
         )
     if recipe.prune is not None:
         prune, dest = recipe.prune, output / "pruned"
-        inputs = {"options": to_mapping(prune), "source": _hash(source)}
+        inputs = {"options": to_mapping(prune), "source": source_hash}
         if importance is not None:
             inputs["importance"] = sha256_file(importance)
         stages.run(
@@ -100,7 +105,7 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
         stages.run(
             "export",
             bundle,
-            {"options": to_mapping(export), "source": _hash(exported)},
+            {"options": to_mapping(export), "source": source_hash if exported == source else _hash(exported)},
             lambda: pipeline.export(
                 exported,
                 bundle,
@@ -137,7 +142,12 @@ class _Stages:
 
 
 def _hash(source: Path) -> str:
-    return open_checkpoint(source).reader.sha256
+    """Of everything that a stage reads from a checkpoint: weights, configs, statistics, tokenizer, plan."""
+    checkpoint = open_checkpoint(source)
+    root = checkpoint.root
+    small = sorted(path for pattern in _SMALL_FILES for path in root.glob(pattern) if path.is_file())
+    lines = [f"{sha256_file(path)}  {path.relative_to(root).as_posix()}\n" for path in small]
+    return hashlib.sha256("".join([checkpoint.reader.sha256, *lines]).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> str:

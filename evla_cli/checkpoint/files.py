@@ -105,13 +105,15 @@ def inside(directory: Path, name: Any, where: str) -> Path:
     return directory / name
 
 
-def check_output(dest: Path, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+def check_apart(dest: Path, source: Path) -> None:
+    resolved, other = dest.resolve(), source.resolve()
+    if resolved == other or resolved in other.parents or other in resolved.parents:
+        raise EvlaError(f"{dest} and {source} are the same or one lies inside the other; choose another output.")
+
+
+def check_output(dest: Path, overwrite: bool, source: Path) -> None:
     """Refuse a destination before any work is done for it."""
-    resolved = dest.resolve()
-    for source in sources:
-        other = source.resolve()
-        if resolved == other or resolved in other.parents or other in resolved.parents:
-            raise EvlaError(f"{dest} and {source} are the same or one lies inside the other; choose another output.")
+    check_apart(dest, source)
     if not dest.parent.is_dir():
         raise EvlaError(f"{dest.parent} does not exist or is not a directory; create it first.")
     if not os.path.lexists(dest):

@@ -16,7 +16,8 @@ class Group(click.Group):
     """Prints an EvlaError as one line on stderr and exits with its code; leaves bugs their traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`: nothing half-written stays
+        # Through every `finally`, so that nothing half-written stays.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
@@ -33,6 +34,8 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted; nothing was left behind.", err=True)
             sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

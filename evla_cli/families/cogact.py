@@ -323,6 +323,10 @@ def infer_config(
 
 
 _SECTIONS = ("dino_config", "siglip_config", "text_config", "action_config", "norm_stats")
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size"),
+    *("condition_size", "action_dim", "action_horizon", "num_train_steps"),
+)
 
 
 def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -334,13 +338,23 @@ def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
         built = _build_config(config)
     except Exception as error:  # transformers raises many kinds, all of them about the config
         raise EvlaError(f"{where}: not a valid config: {' '.join(str(error).split())[:250]}") from error
+    for name in _SECTIONS[:4]:
+        section = getattr(built, name)
+        for key in _SIZES:
+            size = getattr(section, key, 1)
+            if type(size) is not int or size < 1:
+                raise EvlaError(f"{where}: {name}.{key} must be a positive whole number, found {size!r}.")
+        if name != "text_config" and section.hidden_size % section.num_attention_heads:
+            raise EvlaError(
+                f"{where}: {name}: {section.num_attention_heads} heads do not divide {section.hidden_size}."
+            )
     check_norm_stats(config["norm_stats"], built.action_config.action_dim, where)
     dino, siglip = (tower.image_size // tower.patch_size for tower in (built.dino_config, built.siglip_config))
     if dino != siglip:
         raise EvlaError(f"{where}: the towers see {dino**2} and {siglip**2} patches of an image; they must agree.")
     steps, ids, vocab_size = built.action_config.num_train_steps, built.prompt_suffix_ids, built.text_config.vocab_size
-    if not 1 <= steps <= _MAX_TRAIN_STEPS:
-        raise EvlaError(f"{where}: num_train_steps must be between 1 and {_MAX_TRAIN_STEPS}, got {steps}.")
+    if steps > _MAX_TRAIN_STEPS:
+        raise EvlaError(f"{where}: num_train_steps must be at most {_MAX_TRAIN_STEPS}, got {steps}.")
     if ids is not None and (
         not isinstance(ids, list) or len(ids) != 2 or not all(type(i) is int and 0 <= i < vocab_size for i in ids)
     ):
