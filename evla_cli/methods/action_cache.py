@@ -6,14 +6,14 @@ and one addition instead of two a block (`StackCache`). Where only some modules 
 (`ModuleCache`). A cache lives for one sampling call; rows of classifier-free guidance share one schedule.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evla_cli.models.action_head import BlockRunner, run_all_blocks
+BlockRunner = Callable[[nn.ModuleList, Tensor], Tensor]  # how an action head runs its block stack
 
 
 def cache_schedule(num_steps: int, interval: int) -> tuple[bool, ...]:
@@ -34,7 +34,9 @@ class StackCache:
     def at(self, step: int) -> BlockRunner:
         def run(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
             if self.schedule[step]:
-                output = run_all_blocks(blocks, tokens)
+                output = tokens
+                for block in blocks:
+                    output = block(output)
                 if step + 1 < len(self.schedule) and not self.schedule[step + 1]:
                     self.change = output.float() - tokens.float()
                 return output
