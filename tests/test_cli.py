@@ -1,0 +1,295 @@
+"""The commands through the real entry point: results, JSON, reproducible bytes, help without heavy imports."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+import evla_cli
+from evla_cli.cli.main import cli
+
+COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict")
+
+
+def evla(*arguments: Any) -> str:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""  # progress bars show on a terminal only
+    return result.stdout
+
+
+def evla_json(*arguments: Any) -> dict[str, Any]:
+    return json.loads(evla(*arguments, "--json"))
+
+
+def contents(path: Path) -> dict[str, str]:
+    paths = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in paths}
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    text = evla(command, "--help")
+    assert "Example" in text
+    assert f"  evla {command} " in text
+
+
+def test_help_names_every_command():
+    text = evla("--help")
+    assert all(f"  {command} " in text for command in COMMANDS)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from click.testing import CliRunner; from evla_cli.cli.main import cli\n"
+        f"for command in {COMMANDS}: assert CliRunner().invoke(cli, [command, '--help']).exit_code == 0\n"
+        "print(*sys.modules)"
+    )
+    modules = process("-c", code).stdout.split()
+    assert "evla_cli.cli.prune" in modules
+    assert not {"torch", "transformers", "numpy", "PIL", "matplotlib", "evla_cli.pipeline"} & set(modules)
+
+
+def test_module_runs_as_a_program():
+    result = process("-m", "evla_cli", "--version")
+    assert (result.returncode, result.stdout) == (0, f"evla, version {evla_cli.__version__}\n")
+
+
+def test_errors_of_a_real_process(tmp_path):
+    result = process("-m", "evla_cli", "inspect", str(tmp_path / "nowhere"))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"Error: {tmp_path / 'nowhere'} does not exist.\n"
+
+
+# inspect
+
+
+def test_inspect_cogact(cogact_run):
+    facts = evla_json("inspect", cogact_run)
+    assert (facts["family"], facts["layout"]) == ("cogact", "native")
+    assert facts["decoder"] == {"layers": 6, "hidden_size": 64, "intermediate_size": 128}
+    assert facts["commands"] == ["analyze", "prune", "export", "predict"]
+    assert facts["visual_tokens"] == 16
+    assert sum(part["parameters"] for part in facts["parts"].values()) >= facts["parameters"]
+    assert facts["bytes_on_disk"] == (cogact_run / "checkpoints/pico.pt").stat().st_size
+    assert "float32" in evla("inspect", cogact_run)
+
+
+def test_inspect_accepts_the_file_itself(cogact_run):
+    assert evla_json("inspect", cogact_run / "checkpoints/pico.pt")["family"] == "cogact"
+
+
+def test_inspect_decoder(decoders):
+    facts = evla_json("inspect", decoders("qwen2"))
+    assert (facts["family"], facts["commands"]) == ("decoder", ["analyze", "prune"])
+
+
+def test_inspect_bundle(bundle):
+    facts = evla_json("inspect", bundle)
+    assert (facts["layout"], facts["datasets"]) == ("bundle", ["kitchen"])
+
+
+# analyze
+
+
+@pytest.fixture(scope="module")
+def importance(importance_file) -> dict[str, Any]:
+    return json.loads(importance_file.read_text())
+
+
+def test_importance_holds_what_is_documented(importance):
+    assert importance["schema_version"] == 1
+    assert importance["metric"] == "block_influence"
+    assert importance["num_samples"] == 5
+    assert [set(layer) for layer in importance["layers"]] == [{"index", "importance", "standard_error"}] * 6
+    assert [layer["index"] for layer in importance["layers"]] == list(range(6))
+    assert sorted(importance["ranking"]) == list(range(6))
+
+
+def test_checkpoint_hash_is_what_sha256sum_prints(importance, cogact_run):
+    expected = hashlib.sha256((cogact_run / "checkpoints/pico.pt").read_bytes()).hexdigest()
+    assert importance["checkpoint_sha256"] == expected
+
+
+def test_analyze_prints_the_file_with_json(cogact_run, image_samples, tmp_path):
+    printed = evla_json("analyze", cogact_run, "--samples", image_samples, "-o", tmp_path / "a.json")
+    assert printed == json.loads((tmp_path / "a.json").read_text())
+
+
+def test_analyze_twice_gives_the_same_bytes(cogact_run, image_samples, importance_file, tmp_path):
+    evla("analyze", cogact_run, "--samples", image_samples, "-o", tmp_path / "again.json")
+    assert contents(tmp_path / "again.json") == contents(importance_file)
+
+
+def test_fewer_samples_are_the_first(cogact_run, image_samples, importance, tmp_path):
+    out = tmp_path / "two.json"
+    two = evla_json("analyze", cogact_run, "--samples", image_samples, "-o", out, "--num-samples", 2)
+    assert two["num_samples"] == 2
+    assert two["samples_sha256"] != importance["samples_sha256"]
+    assert two["checkpoint_sha256"] == importance["checkpoint_sha256"]
+
+
+@pytest.mark.parametrize("name", ["cogact", "decoder"])
+def test_figures(name, cogact_run, image_samples, decoders, text_samples, tmp_path):
+    pytest.importorskip("matplotlib")
+    source, data = (cogact_run, image_samples) if name == "cogact" else (decoders("llama"), text_samples)
+    arguments = ("--samples", data, "-o", tmp_path / "a.json", "--figures", tmp_path / "figures")
+    result = evla_json("analyze", source, *arguments)
+    pictures = {"layer_importance.png", "layer_similarity.png"}
+    if name == "cogact":
+        pictures |= {"denoise_similarity.png"}
+        similarity = result["action_head"]["step_similarity"]
+        assert {kind: (len(rows), len(rows[0])) for kind, rows in similarity.items()} == {
+            "attention": (3, 9),  # blocks, pairs of consecutive steps
+            "mlp": (3, 9),
+        }
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == pictures
+
+
+# prune
+
+
+@pytest.fixture(scope="module")
+def pruned(cogact_run, importance_file, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "pruned"
+    options = ("--importance", importance_file, "--drop-layers", 2, "--mlp-prune-ratio", 0.5)
+    evla("prune", cogact_run, out, *options)
+    return out
+
+
+def test_the_least_important_layers_go(pruned, importance):
+    plan = yaml.safe_load((pruned / "prune_plan.yaml").read_text())
+    unprotected = [layer for layer in importance["ranking"] if layer >= 2]
+    assert plan["dropped_layers"] == sorted(unprotected[:2])
+    assert plan["kept_intermediate_size"] == 64
+    assert set(plan["mlp_keep"]) == set(plan["keep_layers"])
+
+
+def test_pruned_run_is_a_run(pruned, cogact_run):
+    facts = evla_json("inspect", pruned)
+    assert (facts["family"], facts["layout"]) == ("cogact", "native")
+    assert facts["decoder"] == {"layers": 4, "hidden_size": 64, "intermediate_size": 64}
+    for name in ("config.json", "dataset_statistics.json", "tokenizer.json"):
+        assert (pruned / name).read_bytes() == (cogact_run / name).read_bytes()
+
+
+def test_pruned_run_says_how_cogacts_own_code_loads_it(pruned):
+    config = json.loads((pruned / "llm_config/config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (4, 64)
+    assert (pruned / "llm_config/tokenizer.json").is_file()
+    lines = [line for line in (pruned / "LOADING.md").read_text().splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    assert 'load_vla("checkpoints/pico.pt"' in lines[2]
+
+
+def test_prune_twice_gives_the_same_bytes(pruned, cogact_run, importance_file, tmp_path):
+    options = ("--importance", importance_file, "--drop-layers", 2, "--mlp-prune-ratio", 0.5)
+    evla("prune", cogact_run, tmp_path / "again", *options)
+    assert contents(tmp_path / "again") == contents(pruned)
+
+
+def test_keep_layers_says_the_same_the_other_way(cogact_run, importance_file, tmp_path):
+    arguments = ("prune", cogact_run, tmp_path / "x", "--importance", importance_file, "--dry-run")
+    dropped = evla_json(*arguments, "--drop-layers", 2)["plan"]["dropped_layers"]
+    assert evla_json(*arguments, "--keep-layers", 4)["plan"]["dropped_layers"] == dropped
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(cogact_run, tmp_path):
+    before = contents(cogact_run)
+    text = evla("prune", cogact_run, tmp_path / "out", "--drop-layer-ids", "3,4", "--dry-run")
+    assert text.count("drop") == 2
+    assert "decoder layers   6 -> 4" in text
+    assert "parameters" in text
+    assert list(tmp_path.iterdir()) == []
+    assert contents(cogact_run) == before
+
+
+def test_overwrite_replaces_what_evla_wrote(cogact_run, tmp_path):
+    evla("prune", cogact_run, tmp_path / "out", "--drop-layer-ids", "3")
+    evla("prune", cogact_run, tmp_path / "out", "--drop-layer-ids", "4", "--overwrite")
+    assert yaml.safe_load((tmp_path / "out/prune_plan.yaml").read_text())["dropped_layers"] == [4]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# export, verify, predict
+
+
+def test_bundle_has_the_documented_files(bundle):
+    files = {path.name for path in bundle.iterdir()}
+    required = {"config.json", "inference.yaml", "tokenizer.json", "dataset_statistics.json", "README.md"}
+    assert files == required | {"manifest.json", "model.safetensors"}
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert set(manifest["files"]) == files - {"manifest.json"}
+
+
+def test_export_twice_gives_the_same_bytes(bundle, cogact_run, tmp_path):
+    evla("export", cogact_run, tmp_path / "again", "--num-visual-tokens", 8)
+    assert contents(tmp_path / "again") == contents(bundle)
+
+
+def test_options_win_over_the_settings_file(cogact_run, tmp_path):
+    (tmp_path / "s.yaml").write_text("schema_version: 1\nvisual_tokens: {num_keep: 8}\naction_cache: {interval: 2}\n")
+    options = ("--settings", tmp_path / "s.yaml", "--cache-interval", 3, "--dtype", "bfloat16", "--cfg-scale", 2)
+    facts = evla_json("export", cogact_run, tmp_path / "b", *options)
+    settings = yaml.safe_load((tmp_path / "b/inference.yaml").read_text())
+    assert settings["visual_tokens"]["num_keep"] == 8
+    assert settings["action_cache"]["interval"] == 3
+    assert settings["diffusion"]["cfg_scale"] == 2.0
+    assert facts["bytes"] < (cogact_run / "checkpoints/pico.pt").stat().st_size
+
+
+def test_shards_are_as_small_as_asked(cogact_run, tmp_path):
+    evla("export", cogact_run, tmp_path / "b", "--max-shard-size", "500KB")
+    shards = sorted((tmp_path / "b").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert all(shard.stat().st_size < 520_000 for shard in shards)
+    assert evla_json("verify", tmp_path / "b")["ok"]
+
+
+def test_verify(bundle):
+    assert evla_json("verify", bundle)["ok"] is True
+    assert "as the manifest and the model say" in evla("verify", bundle)
+
+
+def test_predict_is_reproducible_and_in_the_robots_units(bundle, image_samples):
+    arguments = ("predict", bundle, "--image", image_samples / "0.png", "--instruction", "open drawer")
+    actions = np.array(evla_json(*arguments, "--seed", 3)["actions"])
+    assert actions.shape == (16, 7)
+    assert evla_json(*arguments, "--seed", 3) == evla_json(*arguments, "--seed", 3)
+    assert evla_json(*arguments, "--seed", 4)["actions"] != actions.tolist()
+    assert np.abs(actions[:, 2] - 0.01).max() <= 0.03 + 1e-9  # between its q01 and q99
+    assert len(evla(*arguments).splitlines()) == 16 + 2
+
+
+def test_the_whole_way_of_a_compressed_policy(pruned, image_samples, tmp_path):
+    evla("export", pruned, tmp_path / "bundle", "--num-visual-tokens", 6, "--quiet")
+    assert (tmp_path / "bundle/prune_plan.yaml").read_bytes() == (pruned / "prune_plan.yaml").read_bytes()
+    evla("verify", tmp_path / "bundle")
+    actions = evla_json("predict", tmp_path / "bundle", "--image", image_samples / "1.png", "--instruction", "open")
+    assert len(actions["actions"]) == 16
+
+
+def test_the_whole_way_of_a_plain_decoder(decoders, text_samples, tmp_path):
+    source = decoders("qwen3")
+    evla("analyze", source, "--samples", text_samples, "-o", tmp_path / "i.json", "--batch-size", 2)
+    options = ("--importance", tmp_path / "i.json", "--drop-layers", 3, "--mlp-prune-ratio", 0.5)
+    evla("prune", source, tmp_path / "pruned", *options, "--mlp-method", "magnitude")
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (3, 64)
