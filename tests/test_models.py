@@ -1,5 +1,6 @@
 """Our CogACT against one built here from transformers' own classes, plain tensor operations and textbook diffusion."""
 
+import copy
 import math
 
 import pico
@@ -18,7 +19,8 @@ def part_of(state, prefix):
 
 def reference_cognition(model, input_ids, dino_pixels, siglip_pixels):
     """Whole towers with eager attention, all hidden states; then the whole Llama with eager attention."""
-    config, state = model.config, model.state_dict()
+    # A copy: the kind of attention is written into the config, which the model shares.
+    config, state = copy.deepcopy(model.config), model.state_dict()
     towers = []
     for owner, prefix, pixels in (
         (Dinov2WithRegistersModel(config.dino_config), "dino.", dino_pixels),
