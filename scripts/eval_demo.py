@@ -154,6 +154,7 @@ def rows(run: Path, samples: Path, episodes: int, fewer: int) -> dict[str, tuple
         "28 of 64 visual tokens from layer 4, by score": (Variant(settings=half), Trial(), fewer),
         "14 of 64 visual tokens from layer 4, at random": (Variant(random_tokens=True, settings=few), Trial(), fewer),
         "14 of 64 visual tokens from layer 4, by score": (Variant(settings=few), Trial(), fewer),
+        "14 of 64 visual tokens from layer 6, at random": (Variant(random_tokens=True, settings=later), Trial(), fewer),
         "14 of 64 visual tokens from layer 6, by score": (Variant(settings=later), Trial(), fewer),
         "2 denoising steps": (Variant(settings=two_steps), Trial(), episodes),
         "10 denoising steps, head cached at 8 of them": (Variant(settings=cached), Trial(), fewer),
