@@ -39,8 +39,8 @@ LLAMAS = {
     "70b": (8192, 80, 64, 8, 28672),
 }
 VOCABULARY = 32064  # Llama-2's 32000 and <PAD>, padded to a multiple of 64
-WORDS = ("in", ":", "what", "action", "should", "the", "robot", "take", "to", "?", "out")
-WORDS += ("pick", "up", "place", "open", "close", "drawer", "can", "move", "near")
+WORDS = ["in", ":", "what", "action", "should", "the", "robot", "take", "to", "?", "out"]
+WORDS += ["pick", "up", "place", "open", "close", "drawer", "can", "move", "near"]
 
 
 def main() -> None:

@@ -166,8 +166,9 @@ def test_pruned_tokens_run_as_a_literal_reference_does(policy64, context, prune_
             expected, kept = literal_pruned_run(policy.model, inputs, settings)
             found, selection = policy.think(inputs, policy.see(inputs))
         assert selection.kept[0].tolist() == kept.tolist()
-        # float64 products in another order, a few hundred of them.
-        torch.testing.assert_close(found[0, 0], expected, rtol=0, atol=1e-10)
+        # Products are float64, but transformers' own RMS norms and rotary angles are float32, and how those round
+        # depends on the shape of the batch they are computed in.
+        torch.testing.assert_close(found[0, 0], expected, rtol=0, atol=5e-6)
 
 
 def test_pruning_tokens_changes_the_action(policy, scenes, noise):

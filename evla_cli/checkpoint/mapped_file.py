@@ -11,6 +11,8 @@ from torch import Tensor
 from evla_cli.checkpoint.tensors import LazyTensor
 from evla_cli.errors import EvlaError
 
+ALIGNMENT = 64  # bytes at which files written here start their data, as torch.save does: kernels like borders
+
 
 class MappedFile:
     """One file, mapped privately (copy on write) on first use."""

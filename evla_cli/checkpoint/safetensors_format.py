@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evla_cli.checkpoint.mapped_file import MappedFile
+from evla_cli.checkpoint.mapped_file import ALIGNMENT, MappedFile
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
 from evla_cli.errors import EvlaError
 
@@ -74,7 +74,7 @@ def write_safetensors(
         }
         offset += lazy.num_bytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # the format allows spaces here
     with open(path, "xb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, lazy in tensors.items():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from evla_cli.checkpoint.mapped_file import MappedFile
+from evla_cli.checkpoint.mapped_file import ALIGNMENT, MappedFile
 from evla_cli.checkpoint.safetensors_format import tensor_bytes
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite
 from evla_cli.errors import EvlaError
@@ -37,7 +37,6 @@ _STORAGE_DTYPES = {
 }
 _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGE_DTYPES.items()}
 _MAX_PICKLE_BYTES = 256_000_000
-_ALIGNMENT = 64  # torch.save aligns every record so that a mapped storage can be used in place
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def write_torch(
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _write_record(archive, f"{root}/data.pkl", memoryview(_pickle(tree)))
         _write_record(archive, f"{root}/.format_version", memoryview(b"1"))
-        _write_record(archive, f"{root}/.storage_alignment", memoryview(str(_ALIGNMENT).encode()))
+        _write_record(archive, f"{root}/.storage_alignment", memoryview(str(ALIGNMENT).encode()))
         _write_record(archive, f"{root}/byteorder", memoryview(b"little"))
         for name, lazy in tensors.items():
             _write_record(archive, f"{root}/data/{keys[name]}", tensor_bytes(load_finite(name, lazy)))
@@ -284,7 +283,7 @@ def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None
     # A 20-byte zip64 field is always written, so that the padding before the data is known: local header, name,
     # zip64 field, and a padding field ("FB", as torch writes it) of four bytes and more.
     used = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
-    padding = -used % _ALIGNMENT
+    padding = -used % ALIGNMENT
     info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     with archive.open(info, "w", force_zip64=True) as record:
         record.write(data)
