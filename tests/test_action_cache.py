@@ -44,7 +44,9 @@ def literal_sample(head, start, computed, reused, num_steps=10):
     memory = {}
 
     def predict_noise(noisy, timestep, step):
-        tokens = head.embed(noisy, torch.full((len(noisy),), timestep), condition)
+        tokens = head.embed(
+            noisy, head.t_embedder(torch.full((len(noisy),), timestep)).unsqueeze(1) + head.z_embedder(condition)
+        )
         for number, block in enumerate(head.blocks):
             for module, norm, function in (("attention", block.norm1, block.attn), ("mlp", block.norm2, block.mlp)):
                 if step in computed or (number, module) not in reused:
@@ -91,7 +93,7 @@ def test_whole_stack_change_equals_per_module_caching(head, start, interval):
 def test_whole_stack_change_is_exact_in_real_arithmetic(head, start):
     """The identity itself, without the cache's float32 buffer."""
     noise, condition = start
-    before = head.embed(noise, torch.full((2,), 90), condition)
+    before = head.embed(noise, head.t_embedder(torch.full((2,), 90)).unsqueeze(1) + head.z_embedder(condition))
     tokens, outputs = before, []
     for block in head.blocks:
         outputs.append(block.attn(block.norm1(tokens)))

@@ -6,6 +6,7 @@ Module names equal those of CogACT's published checkpoints (`action_model.net.*`
 Reference: Li et al., "CogACT", arXiv 2411.19650, sections 3.3 and A; Peebles and Xie, "DiT", arXiv 2212.09748.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -56,13 +57,16 @@ class ActionHead(nn.Module):
             condition: (B, 1, D), the cognition token, or `null_condition` where there is none.
             run_blocks: how the block stack is run; caching (`evla_cli.methods.action_cache`) goes in here.
         """
-        tokens = self.embed(noisy_actions, timesteps, condition)
-        tokens = (run_blocks or run_all_blocks)(self.blocks, tokens)
+        context = self.t_embedder(timesteps).unsqueeze(1) + self.z_embedder(condition)
+        return self.denoise(noisy_actions, context, run_blocks)
+
+    def denoise(self, noisy_actions: Tensor, context: Tensor, run_blocks: BlockRunner | None = None) -> Tensor:
+        """`forward` from time and condition embedded already: their sum is one token, (B, 1, E)."""
+        tokens = (run_blocks or run_all_blocks)(self.blocks, self.embed(noisy_actions, context))
         return self.final_layer(tokens)[:, 1:]  # (B, 1 + H, A) -> (B, H, A)
 
-    def embed(self, noisy_actions: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """(B, 1 + H, E): one token that holds time and condition, then one a noisy action."""
-        context = self.t_embedder(timesteps).unsqueeze(1) + self.z_embedder(condition)  # (B, 1, E)
+    def embed(self, noisy_actions: Tensor, context: Tensor) -> Tensor:
+        """(B, 1 + H, E): the context token, then one a noisy action."""
         return torch.cat((context, self.x_embedder(noisy_actions)), dim=1) + self.positional_embedding
 
     def null_condition(self, batch_size: int) -> Tensor:
@@ -127,11 +131,15 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        exponents = torch.arange(self.num_frequencies, dtype=torch.float32) / self.num_frequencies
-        frequencies = torch.exp(-math.log(10000) * exponents).to(timesteps.device)
-        angles = timesteps[:, None].float() * frequencies  # (B, 128)
+        angles = timesteps[:, None].float() * _frequencies(self.num_frequencies, timesteps.device)  # (B, 128)
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
         return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+
+
+@functools.lru_cache
+def _frequencies(count: int, device: torch.device) -> Tensor:
+    exponents = torch.arange(count, dtype=torch.float32) / count
+    return torch.exp(-math.log(10000) * exponents).to(device)
 
 
 class ConditionEmbedder(nn.Module):

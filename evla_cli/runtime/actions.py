@@ -30,13 +30,14 @@ def sample_actions(
     condition = cognition.to(weight.dtype)
     if guided:  # rows [0, B) see the cognition token, rows [B, 2B) the null condition: one batch, one cache
         condition = torch.cat((condition, head.null_condition(len(condition))))
+    embedded = head.z_embedder(condition)  # (B or 2B, 1, E), the same at every step
     num_steps = diffusion.num_denoise_steps if diffusion.sampler == "ddim" else len(schedule.alphas_cumprod)
     cache = _make_cache(cache_settings, num_steps, len(head.blocks))
 
     def predict_noise(noisy: Tensor, timestep: int, step: int) -> Tensor:
         batch = torch.cat((noisy, noisy)) if guided else noisy
-        timesteps = torch.full((len(batch),), timestep, device=batch.device)
-        predicted = head(batch, timesteps, condition, cache.at(step) if cache else None)
+        time = head.t_embedder(torch.full((len(batch),), timestep, device=batch.device))
+        predicted = head.denoise(batch, time.unsqueeze(1) + embedded, cache.at(step) if cache else None)
         if not guided:
             return predicted
         conditional, unconditional = predicted.chunk(2)
