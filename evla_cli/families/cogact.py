@@ -45,6 +45,7 @@ _UNUSED = re.compile(r"model\.ema_diffusion\..*|.*\.rotary_emb\.inv_freq")
 _DINO_HEADS = {1024: 16}
 _SIGLIP_HEADS = {1152: 16}
 _ACTION_HEADS = {384: 4, 768: 12, 1024: 16}
+_HEAD_TYPES = {384: "DiT-S", 768: "DiT-B", 1024: "DiT-L"}
 _HEAD_PARTS = ("action_model", "dino", "siglip")
 _MAX_TRAIN_STEPS = 10_000  # CogACT: 100
 _HUGE = 1e30  # no robot's unit
@@ -479,7 +480,8 @@ def _write_native(
         for name in TOKENIZER_FILES:
             if (source.tokenizer_dir / name).is_file():
                 copy_file(source.tokenizer_dir / name, dest / "llm_config" / name)
-    write_text(dest / "LOADING.md", _LOADING.format(file=file))
+    width = source.config["action_config"]["hidden_size"]
+    write_text(dest / "LOADING.md", _LOADING.format(file=file, head=_HEAD_TYPES.get(width, "<its type>")))
     copy_other_files(source.root, dest)
 
 
@@ -496,10 +498,10 @@ These lines make it take the pruned one (run them with this directory as the wor
 
     from prismatic.models.backbones.llm import llama2
     llama2.LLAMA2_MODELS["llama2-7b-pure"]["hf_hub_path"] = "llm_config"
-    vla = load_vla("checkpoints/{file}", load_for_training=False, action_model_type="DiT-B")
+    vla = load_vla("checkpoints/{file}", load_for_training=False, action_model_type="{head}")
 
 `llm_config/` must also hold the tokenizer (tokenizer.json, tokenizer_config.json and the rest of the Llama-2
-tokenizer's files); copy them there if the original checkpoint came without. Use the original's action_model_type.
+tokenizer's files); copy them there if the original checkpoint came without.
 """
 
 
