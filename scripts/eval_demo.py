@@ -228,7 +228,7 @@ tasks of Meta-World and their phrasings, one camera and one robot: enough to mea
 ## Training
 
     pip install -e .[demo]          # and the system library libosmesa6
-    python scripts/train_demo.py --work /tmp/demo-train --output demo --seed 0
+    python scripts/train_demo.py --work out/train-demo --output demo --seed 0
 
 Behaviour cloning of Meta-World's scripted experts: 140 noisy episodes a task, every third frame, labelled with what the
 expert would do from that very state. First 400 steps of 32 frames in which the towers, the projector and the lower

@@ -1,6 +1,6 @@
 """Train the demo model from nothing: record demonstrations, train, evaluate, write `demo/` in CogACT's native layout.
 
-    python scripts/train_demo.py --work /tmp/demo-train --output demo
+    python scripts/train_demo.py --work out/train-demo --output demo
 
 One command and a seed. An interrupted run goes on where it stopped: recorded shards and the last training state in the
 work folder are kept. Needs `pip install -e .[demo]` and the system library libosmesa6.
