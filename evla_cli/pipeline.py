@@ -18,7 +18,7 @@ from evla_cli.errors import EvlaError
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
-from evla_cli.methods.layer_importance import importance_and_error, measure_layer
+from evla_cli.methods.layer_importance import importance_and_error, run_layer
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.methods.row_selection import select_channels
@@ -42,25 +42,40 @@ def analyze(
     batch_size: int = 8,
     device: str = "cpu",
     dtype: str = "float32",
+    memory_budget: str | None = None,
     with_action_head: bool = False,
 ) -> LayerImportance:
-    """How much every decoder layer does on the samples in `data`. Layers are read one at a time."""
+    """How much every decoder layer does on the samples in `data`. Layers are read one at a time.
+
+    Args:
+        memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
+    """
     check_device(device)
     checkpoint = open_checkpoint(source)
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
     samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
+    reader, weight_bytes = checkpoint.reader, total_bytes(checkpoint.weights)
     with torch.inference_mode():
-        stream = DecoderStream(checkpoint, samples, batch_size, DTYPES[dtype], device)
+        stream = DecoderStream(
+            checkpoint,
+            samples,
+            batch_size,
+            DTYPES[dtype],
+            device,
+            memory_budget=None if memory_budget is None else parse_size(memory_budget),
+            on_bytes=lambda num_bytes: reader.read_ahead.advance(num_bytes / weight_bytes),
+        )
         scores = []
-        with progress_bar("layers", len(stream), "layer") as bar:
+        with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
             for index, layer in enumerate(stream.layers()):
-                batches = [(batch.hidden_states, batch.mask, batch.arguments[index]) for batch in stream.batches]
-                similarities, outputs = measure_layer(layer, batches)
-                for batch, output in zip(stream.batches, outputs, strict=True):
-                    batch.hidden_states = output
+                similarities = []
+                for batch in stream.batches:
+                    values, output = run_layer(layer, batch.hidden_states, batch.mask, batch.arguments[index])
+                    batch.hidden_states.copy_(output)
+                    similarities += values
+                    bar.update()
                 scores.append(LayerScore(index, *importance_and_error(similarities)))
-                bar.update()
         action_head = _denoise_similarity(checkpoint, stream) if with_action_head else None
     return LayerImportance(
         schema_version=SCHEMA_VERSION,

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,6 @@ def write_text(path: Path, text: str) -> None:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_files(paths: Iterable[Path]) -> str:
-    """One hash for several files, by name and content; for a single file that file's own SHA-256."""
-    paths = sorted(paths)
-    if len(paths) == 1:
-        return sha256_file(paths[0])
-    return hashlib.sha256("".join(f"{sha256_file(path)}  {path.name}\n" for path in paths).encode()).hexdigest()
 
 
 def copy_file(source: Path, dest: Path) -> None:

@@ -1,11 +1,13 @@
 """All tensors of a checkpoint behind one view, whatever files they stand in. Nothing is read before it is used."""
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.files import inside, read_json, sha256_files
+from evla_cli.checkpoint.files import inside, read_json
+from evla_cli.checkpoint.read_ahead import ReadAheadHash
 from evla_cli.checkpoint.safetensors_format import read_safetensors
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.checkpoint.torch_format import read_torch
@@ -33,7 +35,19 @@ class CheckpointReader:
     @cached_property
     def sha256(self) -> str:
         """Of the weight files' content; a single file's is what `sha256sum` prints."""
-        return sha256_files(self.files)
+        try:
+            digests = self.read_ahead.digests()
+        except OSError as error:
+            raise EvlaError(f"Cannot read {self.files[0].parent}: {error.strerror}.") from error
+        if len(digests) == 1:
+            return digests[self.files[0]]
+        lines = [f"{digest}  {path.name}\n" for path, digest in digests.items()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def read_ahead(self) -> ReadAheadHash:
+        """Hashing starts at the first use, in the background; `sha256` waits for its end."""
+        return ReadAheadHash(self.files)
 
     @property
     def bytes_on_disk(self) -> int:

@@ -5,16 +5,15 @@ beforehand, so that no more than one tensor is held at a time.
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from evla_cli.checkpoint.mapped_file import ALIGNMENT, MappedFile
-from evla_cli.checkpoint.tensors import LazyTensors, load_finite
+from evla_cli.checkpoint.output_file import OutputFile
+from evla_cli.checkpoint.tensors import LazyTensors, prepared, tensor_bytes
 from evla_cli.errors import EvlaError
 
 DTYPES = {
@@ -60,8 +59,8 @@ def read_safetensors(path: Path) -> LazyTensors:
 
 def write_safetensors(
     path: Path, tensors: LazyTensors, metadata: dict[str, str], on_bytes: Callable[[int], Any] | None = None
-) -> None:
-    """Write `tensors` in the given order, one at a time."""
+) -> str:
+    """Write `tensors` in the given order, one at a time. Returns the file's SHA-256."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name, lazy in tensors.items():
@@ -75,19 +74,13 @@ def write_safetensors(
         offset += lazy.num_bytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # the format allows spaces here
-    with open(path, "xb") as file:
+    with OutputFile(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, lazy in tensors.items():
-            file.write(tensor_bytes(load_finite(name, lazy)))
+        for name, data in prepared(tensors, lambda _, tensor: tensor_bytes(tensor)):
+            file.write(data)
             if on_bytes:
-                on_bytes(lazy.num_bytes)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order, without a copy where it is contiguous already."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+                on_bytes(tensors[name].num_bytes)
+    return file.sha256
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

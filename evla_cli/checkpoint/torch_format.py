@@ -6,8 +6,8 @@ them, with `weights_only=True` and with `mmap=True`.
 """
 
 import io
-import os
 import pickle
+import struct
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from evla_cli.checkpoint.mapped_file import ALIGNMENT, MappedFile
-from evla_cli.checkpoint.safetensors_format import tensor_bytes
-from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite
+from evla_cli.checkpoint.output_file import OutputFile
+from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, prepared, tensor_bytes
 from evla_cli.errors import EvlaError
 
 _STORAGE_DTYPES = {
@@ -87,8 +87,11 @@ def write_torch(
     paths: dict[str, tuple[str, ...]],
     others: dict[str, Any] | None = None,
     on_bytes: Callable[[int], Any] | None = None,
-) -> None:
-    """Write nested dicts of tensors as `torch.save` would, one tensor at a time; same input, same bytes."""
+) -> str:
+    """Write nested dicts of tensors as `torch.save` would, one tensor at a time; same input, same bytes.
+
+    Returns the file's SHA-256.
+    """
     tree: dict[str, Any] = {}
     keys: dict[str, int] = {}
     for number, (name, lazy) in enumerate(tensors.items()):
@@ -99,18 +102,19 @@ def write_torch(
     for name, value in (others or {}).items():
         _insert(tree, paths[name], value)
     root = path.stem
-    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _write_record(archive, f"{root}/data.pkl", memoryview(_pickle(tree)))
-        _write_record(archive, f"{root}/.format_version", memoryview(b"1"))
-        _write_record(archive, f"{root}/.storage_alignment", memoryview(str(ALIGNMENT).encode()))
-        _write_record(archive, f"{root}/byteorder", memoryview(b"little"))
-        for name, lazy in tensors.items():
-            _write_record(archive, f"{root}/data/{keys[name]}", tensor_bytes(load_finite(name, lazy)))
+    with OutputFile(path) as file:
+        archive = _ZipWriter(file)
+        archive.write(f"{root}/data.pkl", *_with_crc(_pickle(tree)))
+        archive.write(f"{root}/.format_version", *_with_crc(b"1"))
+        archive.write(f"{root}/.storage_alignment", *_with_crc(str(ALIGNMENT).encode()))
+        archive.write(f"{root}/byteorder", *_with_crc(b"little"))
+        for name, (data, crc) in prepared(tensors, lambda _, tensor: _with_crc(tensor_bytes(tensor))):
+            archive.write(f"{root}/data/{keys[name]}", data, crc)
             if on_bytes:
-                on_bytes(lazy.num_bytes)
-        _write_record(archive, f"{root}/version", memoryview(b"3\n"))
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+                on_bytes(tensors[name].num_bytes)
+        archive.write(f"{root}/version", *_with_crc(b"3\n"))
+        archive.close()
+    return file.sha256
 
 
 # Reading
@@ -277,13 +281,53 @@ def _insert(tree: dict[str, Any], keys: tuple[str, ...], leaf: Any) -> None:
     tree[keys[-1]] = leaf
 
 
-def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
-    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # fixed: the same input gives the same bytes
-    assert archive.fp is not None
-    # A 20-byte zip64 field is always written, so that the padding before the data is known: local header, name,
-    # zip64 field, and a padding field ("FB", as torch writes it) of four bytes and more.
-    used = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
-    padding = -used % ALIGNMENT
-    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    with archive.open(info, "w", force_zip64=True) as record:
-        record.write(data)
+def _with_crc(data: bytes | memoryview) -> tuple[bytes | memoryview, int]:
+    return data, zlib.crc32(data)
+
+
+class _ZipWriter:
+    """Uncompressed zip archives, front to back: `zipfile` goes back to each header to fill in its checksum.
+
+    Sizes are always written in zip64 fields, so that a header's length does not depend on what follows it. The time is
+    fixed: the same input gives the same bytes. Specification: APPNOTE.TXT 6.3.9, 4.3.7 (local header), 4.3.12
+    (directory), 4.3.14-16 (end), 4.5.3 (zip64 field).
+    """
+
+    _VERSION = 45  # the first with zip64
+    _UTF8 = 0x800
+    _JANUARY_1980 = 0x21
+    _SEE_ZIP64 = 0xFFFF_FFFF
+
+    def __init__(self, file: OutputFile):
+        self._file = file
+        self._directory: list[bytes] = []
+
+    def write(self, name: str, data: bytes | memoryview, crc: int) -> None:
+        encoded, begin, size = name.encode(), self._file.position, len(data)
+        zip64 = struct.pack("<HHQQ", 1, 16, size, size)
+        # A padding field ("FB", as torch writes it) of four bytes and more brings the data to an aligned byte.
+        padding = -(begin + 30 + len(encoded) + len(zip64) + 4) % ALIGNMENT
+        extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        common = self._common(crc, encoded)
+        self._file.write(b"PK\3\4" + common + struct.pack("<H", len(extra)) + encoded + extra)
+        self._file.write(data)
+        extra = struct.pack("<HHQQQ", 1, 24, size, size, begin)
+        tail = struct.pack("<HHHHII", len(extra), 0, 0, 0, 0, self._SEE_ZIP64)
+        self._directory.append(b"PK\1\2" + struct.pack("<H", self._VERSION) + common + tail + encoded + extra)
+
+    def close(self) -> None:
+        begin, count = self._file.position, len(self._directory)
+        directory = b"".join(self._directory)
+        end = begin + len(directory)
+        self._file.write(directory)
+        version = self._VERSION
+        self._file.write(
+            b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, version, version, 0, 0, count, count, len(directory), begin)
+        )
+        self._file.write(b"PK\6\7" + struct.pack("<IQI", 0, end, 1))
+        self._file.write(b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, *[self._SEE_ZIP64] * 2, 0))
+
+    def _common(self, crc: int, name: bytes) -> bytes:
+        """What a record's local header and its entry in the directory have in common."""
+        sizes = [self._SEE_ZIP64] * 2
+        return struct.pack("<HHHHHIIIH", self._VERSION, self._UTF8, 0, 0, self._JANUARY_1980, crc, *sizes, len(name))

@@ -19,6 +19,7 @@ Examples:
 @click.option("--num-samples", type=int, help="Use the first N samples (default: all).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--dtype", type=DTYPE_CHOICE, default="float32", show_default=True, help="To compute in.")
+@click.option("--memory-budget", metavar="SIZE", help="For hidden states, such as 2GiB; more go to a temporary file.")
 @click.option("--figures", type=PATH, help="Also draw importance and similarity into this folder.")
 @device_option
 @json_option
@@ -31,6 +32,7 @@ def command(
     num_samples: int | None,
     batch_size: int,
     dtype: str,
+    memory_budget: str | None,
     figures: Path | None,
     device: str,
     as_json: bool,
@@ -52,6 +54,7 @@ def command(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
+        memory_budget=memory_budget,
         figures=figures,
         overwrite=overwrite,
     )

@@ -64,6 +64,12 @@ class ModelFamily:
         return f"{self.decoder}.layers"
 
 
+WritePruned = Callable[
+    ["Checkpoint", Path, LazyTensors, PrunePlan, Callable[[int], Any] | None],
+    dict[str, str],
+]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: its own files behind `reader`, and the same weights under the model's names.
@@ -75,7 +81,8 @@ class Checkpoint:
         weights: under the names of the model that `family.build_model` makes.
         layer_prefix: of the decoder layers in the names of `reader.tensors`.
         tokenizer_dir: where tokenizer.json stands, if anywhere.
-        write_pruned: writes weights (under the reader's names) and config to a directory, in this layout.
+        write_pruned: writes weights (under the reader's names) and config to a directory, in this layout; returns the
+            SHA-256 of every weight file.
     """
 
     root: Path
@@ -86,9 +93,7 @@ class Checkpoint:
     weights: LazyTensors
     layer_prefix: str
     tokenizer_dir: Path | None
-    write_pruned: "Callable[[Checkpoint, Path, LazyTensors, PrunePlan, Callable[[int], Any] | None], None]" = field(
-        repr=False
-    )
+    write_pruned: WritePruned = field(repr=False)
 
     def __post_init__(self) -> None:
         pattern = re.compile(re.escape(self.layer_prefix) + r"\.(\d+)\.")

@@ -469,12 +469,12 @@ def _whole_ratio(shape: _ShapeReader, name: str) -> int:
 
 def _write_native(
     source: Checkpoint, dest: Path, tensors: LazyTensors, plan: PrunePlan, on_bytes: Callable[[int], Any] | None = None
-) -> None:
+) -> dict[str, str]:
     file = source.reader.files[0].name
     (dest / "checkpoints").mkdir()
     others = source.reader.others
     paths = native_paths(tensors) | {name: source.reader.paths[name] for name in others}
-    write_torch(dest / "checkpoints" / file, tensors, paths, others, on_bytes)
+    sha256 = write_torch(dest / "checkpoints" / file, tensors, paths, others, on_bytes)
     write_llm_config(dest / "llm_config", prune_config(source.config, COGACT.config_path, plan)["text_config"])
     if source.tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
@@ -483,6 +483,7 @@ def _write_native(
     width = source.config["action_config"]["hidden_size"]
     write_text(dest / "LOADING.md", _LOADING.format(file=file, head=_HEAD_TYPES.get(width, "<its type>")))
     copy_other_files(source.root, dest)
+    return {f"checkpoints/{file}": sha256}
 
 
 def write_llm_config(directory: Path, text_config: dict[str, Any]) -> None:

@@ -45,15 +45,16 @@ def open_huggingface(
         tensors: LazyTensors,
         plan: PrunePlan,
         on_bytes: Callable[[int], Any] | None = None,
-    ) -> None:
+    ) -> dict[str, str]:
         raw = read_json(directory / "config.json")
         target = raw
         for key in family.config_path:
             target = target[key]
         target.update({key: values for key, values in (layer_lists or {}).items() if not target.get(key)})
         write_json(dest / "config.json", prune_config(raw, family.config_path, plan))
-        write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
+        hashes = write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
         copy_other_files(directory, dest)
+        return hashes
 
     return Checkpoint(
         root=directory,

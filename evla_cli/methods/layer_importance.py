@@ -5,6 +5,7 @@ Letters used here: B batch, T positions, D hidden size.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,20 +35,17 @@ def importance_and_error(similarities: Sequence[float]) -> tuple[float, float | 
     return 1.0 - mean, math.sqrt(variance / count)
 
 
-def measure_layer(
-    layer: torch.nn.Module, batches: list[tuple[Tensor, Tensor | None, dict]]
-) -> tuple[list[float], list[Tensor]]:
-    """Push every batch through one layer.
+def run_layer(
+    layer: torch.nn.Module, hidden_states: Tensor, mask: Tensor | None, arguments: dict[str, Any]
+) -> tuple[list[float], Tensor]:
+    """One batch through one layer.
 
     Args:
-        batches: hidden states (B, T, D), mask (B, T), keyword arguments of the layer's forward.
+        hidden_states: (B, T, D).
+        mask: (B, T), 1 for real positions; None where none is padding.
+        arguments: of the layer's forward, besides.
 
-    Returns: the similarity of every sample, and the next layer's hidden states.
+    Returns: the similarity of input and output for every sample, and the output.
     """
-    similarities: list[float] = []
-    outputs = []
-    for hidden_states, mask, arguments in batches:
-        output = layer(hidden_states, **arguments)
-        similarities += sample_similarity(position_similarity(hidden_states, output), mask).tolist()
-        outputs.append(output)
-    return similarities, outputs
+    output = layer(hidden_states, **arguments)
+    return sample_similarity(position_similarity(hidden_states, output), mask).tolist(), output

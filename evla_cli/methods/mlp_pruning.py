@@ -13,6 +13,7 @@ from evla_cli.errors import EvlaError
 
 # Matrix kernels like these; the widest one that fits at least twice into the block is used.
 _MULTIPLES = (64, 32, 16, 8, 1)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value -> something numpy knows
 
 
 def prune_width(intermediate_size: int, mlp_prune_ratio: float, multiple: int | None = None) -> int:
@@ -74,7 +75,8 @@ def slice_rows(tensor: Tensor, keep: Tensor) -> Tensor:
 
 def slice_columns(down: Tensor, keep: Tensor) -> Tensor:
     """Kept columns of a down weight: (D, F) -> (D, K)."""
-    return down.index_select(1, keep)
+    bits = down.view(_BITS[down.dtype.itemsize]).numpy()  # numpy picks columns three times as fast as torch
+    return torch.from_numpy(bits.take(keep.numpy(), axis=1)).view(down.dtype)
 
 
 def _check_num_keep(num_keep: int, intermediate_size: int) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import ModelFamily, check_weights
+from evla_cli.models.tiled_linear import tile_linear
 
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformers saved this buffer
 
@@ -66,6 +67,10 @@ def load_weights(
         state[name] = state[name].to(device)
         if on_bytes:
             on_bytes(lazy.num_bytes)
+    assign_weights(module, state)
+
+
+def assign_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
 
@@ -84,6 +89,9 @@ def load_model(
         weights = weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()}
     load_weights(model, weights, dtype=dtype, device=device)
     move_buffers(model, device)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            tile_linear(module, module.weight.dtype, module.weight.dtype, device)
     return model
 
 

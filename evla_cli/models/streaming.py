@@ -3,28 +3,34 @@
 What a layer is called with besides hidden states (masks, rotary embeddings, window types) does not depend on the hidden
 states. So the decoder's own forward runs once a batch with recorders in place of its layers: that gives the first
 layer's input and every layer's arguments exactly as transformers makes them, for any decoder.
+
+While one layer computes, a thread reads and checks the next. On a CPU that computes in float32, linear weights stored
+in half precision stay as they are and are widened as they are multiplied: see `tiled_linear`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evla_cli.calibration import Sample
-from evla_cli.checkpoint.tensors import load_finite
+from evla_cli.checkpoint.tensors import is_finite, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
-from evla_cli.models.skeleton import checked_skeleton, drop_weights, load_weights, move_buffers
+from evla_cli.models.scratch import Scratch
+from evla_cli.models.skeleton import assign_weights, checked_skeleton, drop_weights, move_buffers
+from evla_cli.models.tiled_linear import tile_linear
 
 
 @dataclass
 class Batch:
     """
     Attributes:
-        hidden_states: (B, T, D), the input of the layer whose turn it is.
+        hidden_states: (B, T, D), the input of the layer whose turn it is; its output is copied over it.
         mask: (B, T), or None where no position is padding.
         arguments: what each layer is called with besides, by layer index.
     """
@@ -35,7 +41,12 @@ class Batch:
 
 
 class DecoderStream:
-    """The decoder of a checkpoint, one layer in memory at a time.
+    """The decoder of a checkpoint, one layer in memory at a time (and the next one being read).
+
+    Args:
+        memory_budget: bytes of hidden states and layer arguments held in memory; those of further batches stand in a
+            file, see `Scratch`. None: all in memory.
+        on_bytes: told of every weight's size once it is read.
 
     Errors: NaN or infinite weights or activations, with the name of the weight or the index of the layer.
     """
@@ -47,17 +58,28 @@ class DecoderStream:
         batch_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        memory_budget: int | None = None,
         on_bytes: Callable[[int], Any] | None = None,
     ):
         self._checkpoint, self._dtype, self._device, self._on_bytes = checkpoint, dtype, device, on_bytes
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         move_buffers(self._model, device)
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)  # vision towers ask a weight what dtype their input should have
+        # Linear weights in half precision are held as they are, for they need not be widened before they are used.
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name, module in self._model.named_modules():
+            if type(module) is nn.Linear and (weight := checkpoint.weights.get(f"{name}.weight")):
+                stored = weight.dtype if dtype == torch.float32 else dtype
+                if tile_linear(module, stored, dtype, device):
+                    self._dtypes[f"{name}.weight"] = stored
         decoder: Any = self._model.get_submodule(checkpoint.family.decoder)
         self._layers = list(decoder.layers)
-        self.batches = [
-            self._record(decoder, list(samples[start : start + batch_size]))
-            for start in range(0, len(samples), batch_size)
-        ]
+        scratch = None if memory_budget is None else Scratch(memory_budget)
+        self.batches: list[Batch] = []
+        for start in range(0, len(samples), batch_size):
+            batch = self._record(decoder, list(samples[start : start + batch_size]))
+            self.batches.append(batch if scratch is None else replace(batch, **scratch.hold(vars(batch))))
         for module in self._model.children():
             drop_weights(module)
 
@@ -65,24 +87,41 @@ class DecoderStream:
         return len(self._layers)
 
     def layers(self) -> Iterator[nn.Module]:
-        """Each layer in turn with its weights loaded. The caller moves the batches' hidden states forward."""
-        for index, layer in enumerate(self._layers):
-            prefix = f"{self._checkpoint.family.decoder_layers}.{index}."
-            load_weights(layer, self._checkpoint.weights, prefix, self._dtype, self._device, self._on_bytes)
-            yield layer
-            for batch in self.batches:
-                if not bool(batch.hidden_states.isfinite().all()):
-                    raise EvlaError(
-                        f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32."
-                    )
-                batch.arguments[index] = {}  # the last reference to what only this layer needed
-            drop_weights(layer)
+        """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there."""
+        with ThreadPoolExecutor(1, "evla-next-layer") as reader:
+            following = reader.submit(self._read_layer, 0)
+            for index, layer in enumerate(self._layers):
+                assign_weights(layer, following.result())
+                if index + 1 < len(self._layers):
+                    following = reader.submit(self._read_layer, index + 1)
+                yield layer
+                for batch in self.batches:
+                    if not is_finite(batch.hidden_states):
+                        raise EvlaError(
+                            f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32."
+                        )
+                    batch.arguments[index] = {}  # the last reference to what only this layer needed
+                drop_weights(layer)
 
     def load_part(self, name: str) -> Any:
         """Another part of the model, such as the final norm or the action head, with its weights."""
         part = self._model.get_submodule(name)
-        load_weights(part, self._checkpoint.weights, f"{name}.", self._dtype, self._device, self._on_bytes)
+        assign_weights(part, self._read(part, f"{name}."))
         return part
+
+    def _read_layer(self, index: int) -> dict[str, Tensor]:
+        return self._read(self._layers[index], f"{self._checkpoint.family.decoder_layers}.{index}.")
+
+    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """Touches nothing but files, so that a thread can do it."""
+        return {name: self._read_weight(prefix + name) for name in module.state_dict()}
+
+    def _read_weight(self, name: str) -> Tensor:
+        lazy = self._checkpoint.weights[name]
+        tensor = load_finite(name, lazy).to(self._device, self._dtypes.get(name, self._dtype))
+        if self._on_bytes:
+            self._on_bytes(lazy.num_bytes)
+        return tensor
 
     def _record(self, decoder: Any, samples: list[Sample]) -> Batch:
         """One batch through everything before the decoder, and the arguments of every layer."""
@@ -105,11 +144,7 @@ class DecoderStream:
         def load(name: str, module: nn.Module) -> None:
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta:
-                    lazy = self._checkpoint.weights[name + key]
-                    tensor = load_finite(name + key, lazy).to(device=self._device, dtype=self._dtype)
-                    module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-                    if self._on_bytes:
-                        self._on_bytes(lazy.num_bytes)
+                    module._parameters[key] = nn.Parameter(self._read_weight(name + key), requires_grad=False)
 
         handles = [
             module.register_forward_pre_hook(lambda module, _, name=name: load(f"{name}." if name else "", module))

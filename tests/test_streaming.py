@@ -1,0 +1,307 @@
+"""Streaming: what is held in memory, in which precision, and in which order files are read and written."""
+
+import hashlib
+import shutil
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from evla_cli import pipeline
+from evla_cli.calibration import load_samples
+from evla_cli.checkpoint import output_file
+from evla_cli.checkpoint.output_file import OutputFile
+from evla_cli.checkpoint.read_ahead import ReadAheadHash
+from evla_cli.checkpoint.tensors import LazyTensor, is_finite, prepared
+from evla_cli.checkpoint.torch_format import write_torch
+from evla_cli.errors import EvlaError
+from evla_cli.families import open_checkpoint
+from evla_cli.models import scratch, tiled_linear
+from evla_cli.models.scratch import Scratch
+from evla_cli.models.streaming import DecoderStream
+from evla_cli.models.tiled_linear import TiledLinear, tile_linear
+
+
+@pytest.fixture
+def no_half_units(monkeypatch):
+    """As on a processor that cannot multiply in half precision."""
+    monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: False)
+
+
+class TestFinite:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_bits_tell_what_isfinite_tells(self, dtype):
+        extremes = [torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).smallest_normal, -0.0, 1.0]
+        assert is_finite(torch.tensor(extremes, dtype=dtype))
+        for bad in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+            for position in (0, 3):
+                values = torch.ones(4, 3, dtype=dtype)
+                values[position, 1] = bad
+                assert not is_finite(values)
+
+    def test_every_piece_is_looked_at(self, monkeypatch):
+        monkeypatch.setattr("evla_cli.checkpoint.tensors._CACHED_ELEMENTS", 4)
+        for position in range(10):
+            values = torch.zeros(10)
+            values[position] = float("inf")
+            assert not is_finite(values)
+        assert is_finite(torch.zeros(10))
+
+    def test_empty_and_whole_numbers(self):
+        assert is_finite(torch.empty(0))
+        assert is_finite(torch.tensor([2**40]))
+        assert is_finite(torch.tensor([True]))
+
+
+class TestTiledLinear:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_sums_in_float32_and_rounds_once(self, monkeypatch, no_half_units, dtype, bias):
+        monkeypatch.setattr(tiled_linear, "_PIECE_ELEMENTS", 200)  # several pieces, the last one narrower
+        torch.manual_seed(0)
+        linear = nn.Linear(24, 37, bias=bias).to(dtype)
+        values = torch.randn(2, 5, 24).to(dtype)
+        exact = nn.functional.linear(values.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        assert tile_linear(linear, dtype, dtype, "cpu")
+        found = linear(values)
+        assert found.dtype == dtype
+        assert found.shape == (2, 5, 37)
+        off = (found.double() - exact).abs() / exact.abs().clamp(min=1e-3)
+        assert off.max() <= torch.finfo(dtype).eps  # one rounding of the exact sum, never more
+
+    def test_float32_input_gives_float32(self, no_half_units):
+        torch.manual_seed(0)
+        linear = nn.Linear(16, 8).bfloat16()
+        linear.bias.data = linear.bias.float()
+        values = torch.randn(3, 16)
+        expected = nn.functional.linear(values, linear.weight.float(), linear.bias)
+        assert tile_linear(linear, torch.bfloat16, torch.float32, "cpu")
+        torch.testing.assert_close(linear(values), expected, rtol=1e-6, atol=1e-6)
+        assert linear(values[0]).shape == (8,)
+
+    def test_only_where_it_is_needed(self, monkeypatch):
+        monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: dtype == torch.bfloat16)
+        cases = {
+            (torch.float32, torch.float32, "cpu"): False,
+            (torch.bfloat16, torch.bfloat16, "cpu"): False,
+            (torch.float16, torch.float16, "cpu"): True,
+            (torch.bfloat16, torch.float32, "cpu"): True,
+            (torch.float16, torch.float16, "cuda"): False,
+        }
+        for (weight, compute, device), tiled in cases.items():
+            linear = nn.Linear(2, 2)
+            assert tile_linear(linear, weight, compute, device) is tiled
+            assert isinstance(linear, TiledLinear) is tiled
+
+
+class TestDecoderStream:
+    def stream(self, run: Path, data: Path, dtype: torch.dtype) -> DecoderStream:
+        checkpoint = open_checkpoint(run)
+        with torch.inference_mode():
+            return DecoderStream(checkpoint, load_samples(data, "image"), 2, dtype)
+
+    def test_half_weights_stay_half(self, cogact_run, tmp_path, image_samples):
+        stream = self.stream(cast_run(cogact_run, tmp_path / "half", torch.bfloat16), image_samples, torch.float32)
+        assert stream.batches[0].hidden_states.dtype == torch.float32
+        for layer in stream.layers():
+            linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            assert len(linears) == 7
+            assert all(isinstance(module, TiledLinear) for module in linears.values())
+            assert {module.weight.dtype for module in linears.values()} == {torch.bfloat16}
+            assert layer.input_layernorm.weight.dtype == torch.float32
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_float32_on_a_half_checkpoint_equals_float32_weights(
+        self, cogact_run, tmp_path, image_samples, native, monkeypatch
+    ):
+        monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: native)
+        half = cast_run(cogact_run, tmp_path / "half", torch.bfloat16)
+        found = pipeline.analyze(half, image_samples)
+        expected = pipeline.analyze(cast_run(half, tmp_path / "wide", torch.float32), image_samples)
+        for ours, theirs in zip(found.layers, expected.layers, strict=True):
+            assert ours.importance == pytest.approx(theirs.importance, abs=1e-6)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_half_precision_is_near_float32(self, cogact_run, image_samples, dtype, no_half_units):
+        found = pipeline.analyze(cogact_run, image_samples, dtype=dtype)
+        expected = pipeline.analyze(cogact_run, image_samples)
+        for ours, theirs in zip(found.layers, expected.layers, strict=True):
+            assert ours.importance == pytest.approx(theirs.importance, abs=5e-3)
+
+    @pytest.mark.parametrize("budget", ["1", "20KB", "1GB"])
+    def test_a_memory_budget_changes_nothing(self, cogact_run, image_samples, budget, monkeypatch):
+        monkeypatch.setattr(scratch, "_REGION_BYTES", 2**16)
+        expected = pipeline.analyze(cogact_run, image_samples, batch_size=2)
+        assert pipeline.analyze(cogact_run, image_samples, batch_size=2, memory_budget=budget) == expected
+
+    def test_beyond_the_budget_tensors_stand_in_a_file(self, cogact_run, image_samples):
+        checkpoint = open_checkpoint(cogact_run)
+        samples = load_samples(image_samples, "image")
+        with torch.inference_mode():
+            all_in_memory = DecoderStream(checkpoint, samples, 1, torch.float32)
+            first = all_in_memory.batches[0]
+            one = sum(t.nbytes for t in {id(t): t for t in scratch._tensors(vars(first))}.values())
+            stream = DecoderStream(checkpoint, samples, 1, torch.float32, memory_budget=one)
+        mapped = [in_mapped_file(batch.hidden_states) for batch in stream.batches]
+        assert mapped == [False] + [True] * (len(samples) - 1)
+
+    def test_the_next_layer_is_read_while_this_one_computes(self, cogact_run, image_samples):
+        stream = self.stream(cogact_run, image_samples, torch.float32)
+        read: list[int] = []
+        plain = stream._read_layer
+        second = threading.Event()
+
+        def counted(index):
+            state = plain(index)
+            read.append(index)
+            if index == 1:
+                second.set()
+            return state
+
+        stream._read_layer = counted
+        layers = stream.layers()
+        next(layers)
+        assert second.wait(20)  # layer 1 is there before anybody asked for it
+        assert read == [0, 1]
+        layers.close()
+
+
+class TestScratch:
+    def test_full_disk_is_an_error_that_says_what_to_do(self, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(scratch.os, "posix_fallocate", full)
+        with pytest.raises(EvlaError, match="TMPDIR"):
+            Scratch(0).hold(torch.ones(3))
+
+    def test_shared_tensors_are_held_once(self):
+        tensor = torch.arange(6.0).view(2, 3)
+        held = Scratch(0).hold({"a": tensor, "b": [tensor, (tensor, 1)], "c": None, "d": torch.empty(0)})
+        assert held["a"] is held["b"][0] is held["b"][1][0]
+        assert held["a"] is not tensor
+        assert torch.equal(held["a"], tensor)
+        assert held["c"] is None
+        assert held["b"][1][1] == 1
+
+
+class TestReadAhead:
+    def write(self, directory: Path) -> list[Path]:
+        files = [directory / "a", directory / "b"]
+        files[0].write_bytes(b"x" * 3000)
+        files[1].write_bytes(b"y" * 5000)
+        return files
+
+    def test_hashes(self, tmp_path):
+        files = self.write(tmp_path)
+        expected = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        assert ReadAheadHash(files).digests() == expected
+        assert list(ReadAheadHash(files).digests()) == files
+
+    def test_stays_a_window_ahead_of_the_work(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("evla_cli.checkpoint.read_ahead._CHUNK_BYTES", 1000)
+        files = self.write(tmp_path)
+        ahead = ReadAheadHash(files, ahead_bytes=2000)
+
+        def settles_at() -> int:
+            seen = -1
+            for _ in range(200):
+                time.sleep(0.03)
+                if ahead.read_bytes == seen:
+                    return seen
+                seen = ahead.read_bytes
+            raise AssertionError("never settles")
+
+        assert settles_at() == 3000  # the window, and the chunk that crosses it
+        ahead.advance(0.25)  # 2000 of 8000 bytes
+        assert settles_at() == 5000
+        assert len(ahead.digests()) == 2
+        assert ahead.read_bytes == 8000
+
+    def test_a_file_that_vanishes(self, tmp_path):
+        files = self.write(tmp_path)
+        ahead = ReadAheadHash([files[0]])
+        ahead.digests()
+        with pytest.raises(FileNotFoundError):
+            ReadAheadHash([tmp_path / "none"])
+
+
+class TestOutputFile:
+    def test_hash_is_the_files(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(output_file, "_CHUNK_BYTES", 7)
+        monkeypatch.setattr(output_file, "_SYNC_BYTES", 11)
+        with OutputFile(tmp_path / "f") as file:
+            for part in (b"", b"abc", b"defghijklmnopq", bytes(100)):
+                file.write(part)
+            assert file.position == 117
+        assert file.sha256 == hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest()
+
+    def test_does_not_overwrite(self, tmp_path):
+        (tmp_path / "f").write_bytes(b"mine")
+        with pytest.raises(FileExistsError):
+            OutputFile(tmp_path / "f")
+
+    def test_an_error_of_the_disk_is_raised(self, tmp_path, monkeypatch):
+        def broken(_):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(output_file.os, "fdatasync", broken)
+        monkeypatch.setattr(output_file, "_SYNC_BYTES", 1)
+        with pytest.raises(OSError, match="Input/output"), OutputFile(tmp_path / "f") as file:
+            file.write(b"abc")
+        assert threading.active_count() < 50
+
+
+class TestPrepared:
+    def test_keeps_order_and_stays_one_ahead(self):
+        loaded: list[str] = []
+
+        def lazy(name: str) -> LazyTensor:
+            return LazyTensor(torch.float32, (1,), lambda: (loaded.append(name), torch.ones(1))[1])
+
+        names = [str(number) for number in range(6)]
+        found = []
+        for name, _ in prepared({name: lazy(name) for name in names}, lambda _, tensor: tensor):
+            found.append(name)
+            time.sleep(0.02)
+            assert len(loaded) <= len(found) + 1
+        assert found == names == loaded
+
+    def test_an_error_in_the_thread_arrives(self):
+        bad = LazyTensor(torch.float32, (1,), lambda: torch.tensor([float("nan")]))
+        with pytest.raises(EvlaError, match="w holds NaN"):
+            list(prepared({"w": bad}, lambda _, tensor: tensor))
+
+
+def test_the_zip_archive_is_one_that_others_read(tmp_path):
+    tensors = {f"w{i}": torch.randn(3, i + 1) for i in range(5)}
+    lazy = {name: LazyTensor(t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+    sha256 = write_torch(tmp_path / "m.pt", lazy, {name: ("é", name) for name in tensors})
+    assert sha256 == hashlib.sha256((tmp_path / "m.pt").read_bytes()).hexdigest()
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        assert archive.testzip() is None  # reads every record and compares its checksum
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    for mmap in (False, True):
+        loaded = torch.load(tmp_path / "m.pt", weights_only=True, mmap=mmap)["é"]
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def cast_run(run: Path, dest: Path, dtype: torch.dtype) -> Path:
+    shutil.copytree(run, dest)
+    (file,) = (dest / "checkpoints").glob("*.pt")
+    parts = torch.load(file, weights_only=True)["model"]
+    torch.save({"model": {name: {k: t.to(dtype) for k, t in part.items()} for name, part in parts.items()}}, file)
+    return dest
+
+
+def in_mapped_file(tensor: torch.Tensor) -> bool:
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= address < end:
+            return "(deleted)" in line
+    raise AssertionError("not mapped at all")
