@@ -6,8 +6,8 @@
 Every job is a process of its own. Its anonymous memory (RssAnon: what only this process holds) and resident memory
 (RSS: with the pages of mapped files, which the system can drop) are sampled 50 times a second; what it read from the
 disk is the system's count. "Cold" means that the source's pages were dropped from the page cache before, "warm" that it
-was read through once. The baselines: `cp` for what writes a checkpoint, one forward pass of the wholly loaded model over
-the same samples for what computes (same dtype, same batch size, same kernels, loading not counted).
+was read through once. The baselines: `cp` for what writes a checkpoint, one forward pass of the wholly loaded model
+over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted).
 """
 
 import argparse

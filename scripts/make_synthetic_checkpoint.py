@@ -23,7 +23,7 @@ from torch import Tensor
 from evla_cli.checkpoint.files import new_directory, write_json
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, total_bytes
 from evla_cli.checkpoint.torch_format import write_torch
-from evla_cli.checkpoint.writer import write_huggingface_weights
+from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.families.cogact import COGACT, NativeNames, native_paths
 from evla_cli.families.decoder import DECODER
 from evla_cli.models.skeleton import build_skeleton, expected_shapes
@@ -47,17 +47,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", choices=("cogact", "llama"), default="cogact")
-    parser.add_argument("--size", help=f"cogact: {', '.join(COGACT_HEADS)}; llama: {', '.join(LLAMAS)}")
+    sizes_help = f"cogact: {', '.join(COGACT_HEADS)}; llama: {', '.join(LLAMAS)}, or five numbers such as "
+    sizes_help += "2048x16x32x8x8192: hidden size, layers, heads, key-value heads, MLP width"
+    parser.add_argument("--size", help=sizes_help)
+    parser.add_argument("--max-shard-size", default="5GB", help="of a llama's safetensors files")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    sizes: dict[str, Any] = COGACT_HEADS if arguments.family == "cogact" else LLAMAS
+    dtype = getattr(torch, arguments.dtype)
     size = arguments.size or ("base" if arguments.family == "cogact" else "1b")
-    if size not in sizes:
-        parser.error(f"--size {size} is not one of {', '.join(sizes)}.")
-    write = write_cogact if arguments.family == "cogact" else write_llama
+    llama = LLAMAS.get(size) or tuple(int(part) for part in size.split("x") if part.isdecimal())
+    if size not in COGACT_HEADS if arguments.family == "cogact" else len(llama) != 5:
+        parser.error(f"--size {size} is none of {sizes_help}.")
     with new_directory(arguments.out, overwrite=False) as staging:
-        write(staging, size, getattr(torch, arguments.dtype), arguments.seed)
+        if arguments.family == "cogact":
+            write_cogact(staging, size, dtype, arguments.seed)
+        else:
+            write_llama(staging, llama, dtype, arguments.seed, parse_size(arguments.max_shard_size))
     print(arguments.out)
 
 
@@ -87,8 +93,8 @@ def write_cogact(run: Path, size: str, dtype: torch.dtype, seed: int) -> None:
     tokenizer().save(str(run / "tokenizer.json"))
 
 
-def write_llama(directory: Path, size: str, dtype: torch.dtype, seed: int) -> None:
-    hidden_size, layers, heads, kv_heads, intermediate_size = LLAMAS[size]
+def write_llama(directory: Path, size: tuple[int, ...], dtype: torch.dtype, seed: int, max_shard_bytes: int) -> None:
+    hidden_size, layers, heads, kv_heads, intermediate_size = size
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -106,7 +112,7 @@ def write_llama(directory: Path, size: str, dtype: torch.dtype, seed: int) -> No
     }
     tensors = random_tensors(expected_shapes(build_skeleton(DECODER, config)), dtype, seed)
     with progress_bar("writing", total_bytes(tensors), "B") as bar:
-        write_huggingface_weights(directory, tensors, on_bytes=bar.update)
+        write_huggingface_weights(directory, tensors, max_shard_bytes, bar.update)
     write_json(directory / "config.json", config)
     tokenizer().save(str(directory / "tokenizer.json"))
 
