@@ -237,7 +237,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "file name of 300 letters": (f"inspect {'x' * 300}", "is not a path that can be used"),
     # Weights
     "missing tensor": (DROP, f"first: model.llm_backbone.{UP}", edit_pt(lambda m: m["llm_backbone"].pop(UP))),
-    "unknown tensor": (DROP, "that CogACT does not have", set_tensor("llm_backbone", "extra", torch.zeros(1))),
+    "unknown tensor": (DROP, "first: model.llm_backbone.extra", set_tensor("llm_backbone", "extra", torch.zeros(1))),
     "missing part": (EXPORT, "lacks the weight model.action_model", edit_pt(lambda m: m.pop("action_model"))),
     "wrong shape, analyze": (ANALYZE, "has shape [5, 64]", set_tensor("llm_backbone", UP, torch.zeros(5, 64))),
     "wrong shape, prune": (DROP, "has shape [5, 64]", set_tensor("llm_backbone", UP, torch.zeros(5, 64))),

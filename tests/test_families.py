@@ -117,7 +117,7 @@ class CogACTContract(FamilyContract):
 
 
 class TestCogACTNative(CogACTContract):
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def source(self, cogact_run):
         return cogact_run
 
@@ -215,7 +215,8 @@ class TestCogACTNative(CogACTContract):
 
 class TestCogACTBundle(CogACTContract):
     @pytest.fixture(scope="class")
-    def source(self, cogact_run, tmp_path_factory):
+    @classmethod
+    def source(cls, cogact_run, tmp_path_factory):
         bundle = tmp_path_factory.mktemp("bundle") / "bundle"
         pipeline.export(cogact_run, bundle, InferenceSettings(), max_shard_size="200KB")
         return bundle
@@ -228,7 +229,7 @@ class TestCogACTBundle(CogACTContract):
 class DecoderContract(FamilyContract):
     name: str
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def source(self, decoders):
         return decoders(self.name)
 

@@ -4,41 +4,19 @@ import math
 from functools import cache
 
 import pytest
+from make_synthetic_checkpoint import cogact_config
 
 from evla_cli.evaluation.flops import count_flops
 from evla_cli.families.cogact import COGACT
 from evla_cli.models.skeleton import build_skeleton, expected_shapes
 from evla_cli.settings import ActionCacheSettings, InferenceSettings, VisualTokenSettings
 
-HEADS = {"small": (384, 6, 4), "base": (768, 12, 12), "large": (1024, 24, 16)}
-
 
 @cache
 def skeleton(layers=32, mlp=11008, head="base"):
-    width, blocks, heads = HEADS[head]
-    towers = {"image_size": 224, "patch_size": 14, "num_attention_heads": 16}
-    return build_skeleton(
-        COGACT,
-        {
-            "text_config": {
-                "hidden_size": 4096,
-                "num_hidden_layers": layers,
-                "num_attention_heads": 32,
-                "intermediate_size": mlp,
-                "vocab_size": 32064,
-                "tie_word_embeddings": False,
-            },
-            "dino_config": {"hidden_size": 1024, "num_hidden_layers": 24, **towers},
-            "siglip_config": {"hidden_size": 1152, "num_hidden_layers": 27, "intermediate_size": 4304, **towers},
-            "action_config": {
-                "hidden_size": width,
-                "num_hidden_layers": blocks,
-                "num_attention_heads": heads,
-                "intermediate_size": 4 * width,
-                "condition_size": 4096,
-            },
-        },
-    )
+    config = cogact_config(head)
+    config["text_config"] |= {"num_hidden_layers": layers, "intermediate_size": mlp}
+    return build_skeleton(COGACT, config)
 
 
 def settings(tokens=None, interval=1):

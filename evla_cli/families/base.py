@@ -11,7 +11,7 @@ How to add a family
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +126,7 @@ class Checkpoint:
 
 
 # Per-layer lists in the configs of decoders; a config with a list of the wrong length does not load.
-_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 def prune_config(config: dict[str, Any], path: tuple[str, ...], plan: PrunePlan) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def prune_config(config: dict[str, Any], path: tuple[str, ...], plan: PrunePlan)
         decoder = decoder[key]
     decoder["num_hidden_layers"] = len(plan.keep_layers)
     decoder["intermediate_size"] = plan.kept_intermediate_size
-    for name in _LAYER_LISTS:
+    for name in LAYER_LISTS:
         values = decoder.get(name)
         if isinstance(values, list) and len(values) == plan.num_layers:
             decoder[name] = [values[layer] for layer in plan.keep_layers]
@@ -146,17 +146,21 @@ def prune_config(config: dict[str, Any], path: tuple[str, ...], plan: PrunePlan)
 
 def check_weights(expected: Mapping[str, tuple[int, ...]], weights: LazyTensors, where: Path) -> None:
     """Every expected name with its shape, and no other."""
-    missing = [name for name in expected if name not in weights]
-    if missing:
-        raise EvlaError(f"{where} lacks {len(missing)} weights (first: {missing[0]}).")
-    unknown = [name for name in weights if name not in expected]
-    if unknown:
-        raise EvlaError(f"{where} holds {len(unknown)} weights that the model does not have (first: {unknown[0]}).")
+    check_names(expected, weights, where)
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise EvlaError(f"{where}: {name} has shape {list(weights[name].shape)}, the model needs {list(shape)}.")
         if not weights[name].dtype.is_floating_point:
             raise EvlaError(f"{where}: {name} has dtype {weights[name].dtype}; quantised weights cannot be handled.")
+
+
+def check_names(expected: Collection[str], found: Collection[str], where: Path) -> None:
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise EvlaError(f"{where} lacks {len(missing)} weights (first: {missing[0]}).")
+    unknown = [name for name in found if name not in expected]
+    if unknown:
+        raise EvlaError(f"{where} holds {len(unknown)} weights that the model does not have (first: {unknown[0]}).")
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")

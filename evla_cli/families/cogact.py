@@ -21,7 +21,7 @@ from evla_cli.checkpoint.reader import open_torch_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.checkpoint.torch_format import write_torch
 from evla_cli.errors import EvlaError, suggest
-from evla_cli.families.base import TOKENIZER_FILES, Checkpoint, ModelFamily, find_tokenizer, prune_config
+from evla_cli.families.base import TOKENIZER_FILES, Checkpoint, ModelFamily, check_names, find_tokenizer, prune_config
 from evla_cli.families.huggingface import copy_other_files, open_huggingface, read_config
 from evla_cli.plan import PrunePlan
 from evla_cli.schema import from_mapping
@@ -41,12 +41,9 @@ _PARTS = {  # the model's prefix -> the native file's
 # Native weights that no run of the model uses: exponential averages kept by training, and buffers of old versions.
 _UNUSED = re.compile(r"model\.ema_diffusion\..*|.*\.rotary_emb\.inv_freq")
 
-# width -> heads, of the published models
-_DINO_HEADS = {1024: 16}
-_SIGLIP_HEADS = {1152: 16}
-_ACTION_HEADS = {384: 4, 768: 12, 1024: 16}
+# part -> width -> attention heads, of the published models
+_NUM_HEADS = {"dino": {1024: 16}, "siglip": {1152: 16}, "action_model": {384: 4, 768: 12, 1024: 16}}
 _HEAD_TYPES = {384: "DiT-S", 768: "DiT-B", 1024: "DiT-L"}
-_HEAD_PARTS = ("action_model", "dino", "siglip")
 _MAX_TRAIN_STEPS = 10_000  # CogACT: 100
 _HUGE = 1e30  # no robot's unit
 # meta-llama/Llama-2-7b-hf, from where CogACT's own code takes its config
@@ -114,17 +111,11 @@ class NativeNames:
 
     def to_model(self, native: LazyTensors, where: Path) -> LazyTensors:
         """Native -> model names. Errors: a missing or an unknown weight."""
+        expected = dict.fromkeys(name for rule in self.rules for name in rule.native)
+        check_names(expected, {name: None for name in native if not _UNUSED.fullmatch(name)}, where)
         weights: LazyTensors = {}
-        used: set[str] = set()
-        missing = [name for rule in self.rules for name in rule.native if name not in native]
-        if missing:
-            raise EvlaError(f"{where} lacks {len(missing)} weights (first: {missing[0]}).")
         for rule in self.rules:
-            used.update(rule.native)
             weights.update(zip(rule.model, _to_model(rule, [native[name] for name in rule.native]), strict=True))
-        unknown = [name for name in native if name not in used and not _UNUSED.fullmatch(name)]
-        if unknown:
-            raise EvlaError(f"{where} holds {len(unknown)} weights that CogACT does not have (first: {unknown[0]}).")
         return weights
 
     def to_native(self, weights: LazyTensors) -> LazyTensors:
@@ -272,8 +263,8 @@ class GivenByHand:
 
     def __post_init__(self) -> None:
         for part in self.num_attention_heads:
-            if part not in _HEAD_PARTS:
-                raise EvlaError(f"num_attention_heads: unknown part '{part}'. {suggest(part, _HEAD_PARTS)}")
+            if part not in _NUM_HEADS:
+                raise EvlaError(f"num_attention_heads: unknown part '{part}'. {suggest(part, _NUM_HEADS)}")
 
 
 def infer_config(
@@ -289,22 +280,14 @@ def infer_config(
     return {
         "model_type": "cogact",
         "architectures": ["CogACTForActionPrediction"],
-        "dino_config": _tower(shape, dino)
+        "dino_config": _tower(run, "dino", shape, heads)
         | {
-            "num_attention_heads": _num_heads(run, "dino", _tower(shape, dino)["hidden_size"], heads, _DINO_HEADS),
             "mlp_ratio": _whole_ratio(shape, f"{dino}.blocks.0.mlp.fc1.weight"),
             "num_register_tokens": shape(f"{dino}.reg_token", 3)[1],
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-6,
         },
-        "siglip_config": _tower(shape, siglip)
+        "siglip_config": _tower(run, "siglip", shape, heads)
         | {
-            "num_attention_heads": _num_heads(
-                run, "siglip", _tower(shape, siglip)["hidden_size"], heads, _SIGLIP_HEADS
-            ),
             "intermediate_size": shape(f"{siglip}.blocks.0.mlp.fc1.weight", 2)[0],
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-6,
             "vision_use_head": f"{siglip}.attn_pool.latent" in native,
         },
         "text_config": text,
@@ -313,7 +296,7 @@ def infer_config(
         "action_config": {
             "hidden_size": action_width,
             "num_hidden_layers": shape.count_blocks(f"{action}.blocks"),
-            "num_attention_heads": _num_heads(run, "action_model", action_width, heads, _ACTION_HEADS),
+            "num_attention_heads": _num_heads(run, "action_model", action_width, heads),
             "intermediate_size": shape(f"{action}.blocks.0.mlp.fc1.weight", 2)[0],
             "condition_size": text["hidden_size"],
             "action_dim": action_dim,
@@ -408,14 +391,18 @@ class _ShapeReader:
         return len(numbers)
 
 
-def _tower(shape: _ShapeReader, prefix: str) -> dict[str, Any]:
+def _tower(run: Path, part: str, shape: _ShapeReader, heads: dict[str, int]) -> dict[str, Any]:
+    prefix = _PARTS[part]
     hidden_size, _, patch_size, _ = shape(f"{prefix}.patch_embed.proj.weight", 4)
     side = round(shape(f"{prefix}.pos_embed", 3)[1] ** 0.5)
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": shape.count_blocks(f"{prefix}.blocks"),
+        "num_attention_heads": _num_heads(run, part, hidden_size, heads),
         "patch_size": patch_size,
         "image_size": patch_size * side,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
     }
 
 
@@ -447,8 +434,8 @@ def _text_config(run: Path, shape: _ShapeReader) -> dict[str, Any]:
     }
 
 
-def _num_heads(run: Path, part: str, width: int, given: dict[str, Any], known: dict[int, int]) -> int:
-    heads = given.get(part, known.get(width))
+def _num_heads(run: Path, part: str, width: int, given: dict[str, int]) -> int:
+    heads = given.get(part, _NUM_HEADS[part].get(width))
     if type(heads) is not int or heads < 1 or width % heads:
         raise EvlaError(
             f"{run}: the number of attention heads of {part} ({width} wide) cannot be read off its weights. Add "
@@ -512,7 +499,7 @@ tokenizer's files); copy them there if the original checkpoint came without.
 def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
     from evla_cli.models.cogact import CogACTConfig
 
-    return CogACTConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    return CogACTConfig(**config)
 
 
 def _build_model(config: Any) -> "PreTrainedModel":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import Checkpoint, ModelFamily
+from evla_cli.families.base import LAYER_LISTS, Checkpoint, ModelFamily
 from evla_cli.families.huggingface import open_huggingface, read_config
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from evla_cli.calibration import Sample
 
 _MAX_TOKENS = 2048  # of a text sample; what follows is left out
-_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 def open_checkpoint(path: Path) -> Checkpoint | None:
@@ -27,7 +26,7 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
     if config is None:
         return None
     full = config.to_dict()
-    derived = {key: full[key] for key in _LAYER_LISTS if isinstance(full.get(key), list) and not raw.get(key)}
+    derived = {key: full[key] for key in LAYER_LISTS if isinstance(full.get(key), list) and not raw.get(key)}
     checkpoint = open_huggingface(path, DECODER, full, derived)
     if not any(name.startswith("model.layers.0.") for name in checkpoint.weights):
         raise EvlaError(f"{path}: no weights named model.layers.0.*; only decoders with that layout can be handled.")
