@@ -3,13 +3,22 @@
 import copy
 import math
 
+import numpy as np
 import pico
 import pytest
 import torch
-from transformers import Dinov2WithRegistersModel, LlamaModel, SiglipVisionModel
+from PIL import Image
+from transformers import (
+    BitImageProcessorPil,
+    Dinov2WithRegistersModel,
+    LlamaModel,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
+)
 
 from evla_cli.errors import EvlaError
 from evla_cli.models.diffusion import NoiseSchedule, ddim_timesteps, sample_ddim, sample_ddpm
+from evla_cli.models.processing import CogACTProcessor
 from evla_cli.settings import DiffusionSettings, InferenceSettings
 
 
@@ -199,6 +208,25 @@ def test_ddpm_equals_an_independent_one(noise):
     found = sample_ddpm(predict, noise.double(), torch.Generator().manual_seed(7))
     # The first step divides by sqrt(1 - 0.999): rounding grows by the size that the samples reach.
     torch.testing.assert_close(found, sample, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (37, 431), (7, 13), (224, 224)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pixels_are_those_of_transformers_own_image_processors(policy, cogact_run, mode, size):
+    """SigLIP's as published; DINOv2's (BiT's processor, ImageNet's mean and deviation) squeezed instead of cropped."""
+    config = copy.deepcopy(policy.model.config)
+    config.dino_config.image_size = config.siglip_config.image_size = 224
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    inputs = CogACTProcessor(config, cogact_run)([image], ["open drawer"])
+
+    square = {"height": 224, "width": 224}
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    for pixels, processor in (
+        (inputs.dino_pixels, BitImageProcessorPil(size=square, do_center_crop=False, **imagenet)),
+        (inputs.siglip_pixels, SiglipImageProcessorPil(size=square, do_convert_rgb=True)),
+    ):
+        assert torch.equal(pixels, processor(image, return_tensors="pt").pixel_values)
 
 
 def test_the_image_changes_the_action(policy):
