@@ -11,7 +11,8 @@ from torch import Tensor
 
 from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
 from evla_cli.calibration import decode_image, load_samples, samples_sha256
-from evla_cli.checkpoint.files import check_output, check_output_file, new_directory, write_file, write_yaml
+from evla_cli.checkpoint.files import write_text, write_yaml
+from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
 from evla_cli.checkpoint.tensors import LazyTensors, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.errors import EvlaError
@@ -77,11 +78,13 @@ def analyze(
                     bar.update()
                 scores.append(LayerScore(index, *importance_and_error(similarities)))
         action_head = _denoise_similarity(checkpoint, stream) if with_action_head else None
+    checkpoint_sha256 = reader.sha256
+    reader.check_unchanged()
     return LayerImportance(
         schema_version=SCHEMA_VERSION,
         metric="block_influence",
         num_samples=len(samples),
-        checkpoint_sha256=checkpoint.reader.sha256,
+        checkpoint_sha256=checkpoint_sha256,
         samples_sha256=samples_sha256(samples),
         layers=tuple(scores),
         family=checkpoint.family.name,
@@ -103,11 +106,11 @@ def analyze_to_file(
     source: Path, data: Path, output: Path, *, figures: Path | None = None, overwrite: bool = False, **options: Any
 ) -> LayerImportance:
     """`analyze`, its result written to `output`, and its pictures into `figures`."""
-    check_output_file(output, overwrite)
-    if figures is not None:
-        check_figures(figures, overwrite)
-    result = analyze(source, data, with_action_head=figures is not None, **options)
-    write_file(output, result.to_json(), overwrite)
+    with new_file(output, overwrite) as staging:
+        if figures is not None:
+            check_figures(figures, overwrite)
+        result = analyze(source, data, with_action_head=figures is not None, **options)
+        write_text(staging, result.to_json())
     if figures is not None:
         draw_importance(result, figures)
     return result
@@ -145,8 +148,28 @@ def prune(
 ) -> PruneResult:
     """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout."""
     checkpoint = open_checkpoint(source)
-    if not dry_run:
-        check_output(dest, overwrite, checkpoint.root)
+    options = (importance, num_drop, num_keep, drop_ids, protect_first, mlp_prune_ratio, mlp_method, seed)
+    if dry_run:
+        return _plan(checkpoint, *options)[0]
+    with new_directory(dest, overwrite, checkpoint.root) as staging:
+        result, pruned = _plan(checkpoint, *options)
+        check_space(staging, result.bytes_after)
+        write_pruned(checkpoint, staging, pruned, result.plan)
+        checkpoint.reader.check_unchanged()
+    return result
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    importance: Path | None,
+    num_drop: int | None,
+    num_keep: int | None,
+    drop_ids: Sequence[int],
+    protect_first: int | None,
+    mlp_prune_ratio: float,
+    mlp_method: str,
+    seed: int,
+) -> tuple[PruneResult, LazyTensors]:
     checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     scores = _checked_importance(importance, checkpoint) if importance else None
     keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, protect_first)
@@ -167,15 +190,14 @@ def prune(
         },
     )
     pruned = prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix)
-    if not dry_run:
-        write_pruned(checkpoint, dest, pruned, plan, overwrite)
-    return PruneResult(plan, total_elements(checkpoint.reader.tensors), total_elements(pruned), total_bytes(pruned))
+    sizes = (total_elements(checkpoint.reader.tensors), total_elements(pruned), total_bytes(pruned))
+    return PruneResult(plan, *sizes), pruned
 
 
-def write_pruned(checkpoint: Checkpoint, dest: Path, pruned: LazyTensors, plan: PrunePlan, overwrite: bool) -> None:
-    with new_directory(dest, overwrite) as staging, progress_bar("writing", total_bytes(pruned), "B") as bar:
-        checkpoint.write_pruned(checkpoint, staging, pruned, plan, bar.update)
-        write_yaml(staging / "prune_plan.yaml", plan.to_record(), "What evla prune removed; see docs/files.md.")
+def write_pruned(checkpoint: Checkpoint, dest: Path, pruned: LazyTensors, plan: PrunePlan) -> None:
+    with progress_bar("writing", total_bytes(pruned), "B") as bar:
+        checkpoint.write_pruned(checkpoint, dest, pruned, plan, bar.update)
+    write_yaml(dest / "prune_plan.yaml", plan.to_record(), "What evla prune removed; see docs/files.md.")
 
 
 def _checked_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
@@ -256,17 +278,19 @@ def export(
 ) -> dict[str, Any]:
     """Write a self-contained bundle from a checkpoint that acts, then verify what was written."""
     checkpoint = open_checkpoint(source)
-    check_output(dest, overwrite, checkpoint.root)
     shard_bytes = parse_size(max_shard_size)
-    check_export(checkpoint, settings)
-    weights = checkpoint.weights
-    if dtype is not None:
-        weights = {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
-    with new_directory(dest, overwrite) as staging:
+    with new_directory(dest, overwrite, checkpoint.root) as staging:
+        check_export(checkpoint, settings)
+        weights = checkpoint.weights
+        if dtype is not None:
+            weights = {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
+        check_space(staging, total_bytes(weights))
         with progress_bar("exporting", total_bytes(weights), "B") as bar:
             write_huggingface_weights(staging, weights, shard_bytes, bar.update)
         write_bundle_files(checkpoint, staging, settings)
-        return verify_bundle(staging)
+        facts = verify_bundle(staging)
+        checkpoint.reader.check_unchanged()
+    return facts
 
 
 def predict(

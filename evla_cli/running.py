@@ -10,7 +10,8 @@ from typing import Any
 from evla_cli import __version__, pipeline
 from evla_cli.bundling import check_export
 from evla_cli.calibration import load_samples, samples_sha256
-from evla_cli.checkpoint.files import check_apart, made_directory, read_json, sha256_file, write_file
+from evla_cli.checkpoint.files import read_json, sha256_file
+from evla_cli.checkpoint.outputs import check_apart, locked, made_directory, write_file
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
@@ -54,7 +55,12 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
     if recipe.export is not None:  # before hours of work are done for it
         parse_size(recipe.export.max_shard_size)
         check_export(open_checkpoint(source), recipe.export.settings)
-    stages = _Stages(output, overwrite)
+    with made_directory(output), locked(output / ".run.lock", output):
+        return _run_stages(recipe, path, source, _Stages(output, overwrite))
+
+
+def _run_stages(recipe: Recipe, path: Path, source: Path, stages: "_Stages") -> list[tuple[str, Path, bool]]:
+    output = stages.output
     source_hash = _hash(source)
     current = source
     importance: Path | None = None
@@ -120,7 +126,7 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
 
 class _Stages:
     def __init__(self, output: Path, overwrite: bool):
-        self._output, self._overwrite = output, overwrite
+        self.output, self._overwrite = output, overwrite
         self._path = output / STATE
         self._done = dict(RunState.load(self._path).stages)
         self.log: list[tuple[str, Path, bool]] = []
@@ -133,11 +139,10 @@ class _Stages:
             return
         if dest.exists() and entry is None and not self._overwrite:
             raise EvlaError(f"{dest} already exists and was not made by this recipe. Pass --overwrite to replace it.")
-        with made_directory(self._output):
-            work()
-            self._done[stage] = StageState(key, _fingerprint(dest))
-            state = to_mapping(RunState(SCHEMA_VERSION, self._done))
-            write_file(self._path, json.dumps(state, indent=2) + "\n", overwrite=True)
+        work()
+        self._done[stage] = StageState(key, _fingerprint(dest))
+        state = to_mapping(RunState(SCHEMA_VERSION, self._done))
+        write_file(self._path, json.dumps(state, indent=2) + "\n", overwrite=True)
         self.log.append((stage, dest, True))
 
 

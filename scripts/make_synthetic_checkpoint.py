@@ -20,7 +20,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from evla_cli.checkpoint.files import new_directory, write_json
+from evla_cli.checkpoint.files import write_json
+from evla_cli.checkpoint.outputs import new_directory
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, total_bytes
 from evla_cli.checkpoint.torch_format import write_torch
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights

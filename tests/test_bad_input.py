@@ -4,10 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -706,36 +702,3 @@ def test_broken_shards_are_refused(sharded, material, message, change):
     directory = material("")
     shutil.copytree(sharded, directory / "bundle")
     refuse(lambda _: directory, "inspect bundle", message, change)
-
-
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_interrupted_writing_leaves_nothing_behind(material, signal_number):
-    """The signal arrives while weights are being written: that is when the staging directory exists."""
-    directory = material("run")
-    before = snapshot(directory)
-    slow = (
-        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from evla_cli.checkpoint import torch_format as t; from evla_cli.cli.main import cli;"
-        "load = t.load_finite; t.load_finite = lambda *a: (time.sleep(0.05), load(*a))[1];"
-        f"cli({DROP.split()})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", slow], cwd=directory, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(directory.glob(".out.partial-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert list(directory.glob(".out.partial-*"))
-    process.send_signal(signal_number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[signal_number]
-    assert b"Traceback" not in stderr
-    assert snapshot(directory) == before
-
-
-def test_failed_overwrite_keeps_what_was_there(material):
-    directory = material("run")
-    CliRunner().invoke(cli, DROP.split())
-    before = snapshot(directory / "out")
-    set_value("llm_backbone", UP, float("nan"))(directory)
-    result = CliRunner().invoke(cli, [*DROP.split(), "--overwrite"])
-    assert result.exit_code == 2
-    assert snapshot(directory / "out") == before

@@ -42,7 +42,7 @@ class MappedFile:
         if self._map is None:
             with open(self.path, "rb") as file:
                 if file.seek(0, 2) != self.size:
-                    raise EvlaError(f"{self.path} changed while it was being read.")
+                    raise EvlaError(f"{self.path} changed while it was being read; run the command again.")
                 # Private and writable rather than read-only: torch warns about buffers that it could not write to.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)

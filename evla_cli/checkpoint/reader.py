@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.files import inside, read_json
+from evla_cli.checkpoint.files import file_stamp, inside, read_json
 from evla_cli.checkpoint.read_ahead import ReadAheadHash
 from evla_cli.checkpoint.safetensors_format import read_safetensors
 from evla_cli.checkpoint.tensors import LazyTensors
@@ -22,15 +22,19 @@ class CheckpointReader:
     """The tensors of a checkpoint by weight name.
 
     Attributes:
-        files: the weight files, sorted.
+        stamps: the weight files, sorted, each as it was when it was opened.
         tensors: every tensor, unread.
         others, paths: of a nested `.pt`, see `TorchFile`.
     """
 
-    files: tuple[Path, ...]
+    stamps: dict[Path, tuple[int, int, int]]
     tensors: LazyTensors
     others: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.stamps)
 
     @cached_property
     def sha256(self) -> str:
@@ -51,14 +55,21 @@ class CheckpointReader:
 
     @property
     def bytes_on_disk(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
+        return sum(size for size, _, _ in self.stamps.values())
+
+    def check_unchanged(self) -> None:
+        """Errors: a weight file is no longer the one that was opened."""
+        for path, stamp in self.stamps.items():
+            if file_stamp(path) != stamp:
+                raise EvlaError(f"{path} changed while it was being read; run the command again.")
 
 
 def open_torch_checkpoint(path: Path) -> CheckpointReader:
+    stamps = _stamps(path)
     file = read_torch(path)
     if not file.tensors:
         raise EvlaError(f"{path} holds no tensors.")
-    return CheckpointReader((path,), file.tensors, file.others, file.paths)
+    return CheckpointReader(stamps, file.tensors, file.others, file.paths)
 
 
 def open_huggingface_checkpoint(directory: Path) -> CheckpointReader:
@@ -67,7 +78,7 @@ def open_huggingface_checkpoint(directory: Path) -> CheckpointReader:
         if (directory / index).is_file():
             return _open_shards(directory, directory / index)
         if (directory / single).is_file():
-            return CheckpointReader((directory / single,), _read_file(directory / single))
+            return CheckpointReader(_stamps(directory / single), _read_file(directory / single))
     raise EvlaError(f"{directory} holds no weights: none of {', '.join((*_SINGLE_FILES, *_INDEX_FILES))}.")
 
 
@@ -79,6 +90,7 @@ def _open_shards(directory: Path, index: Path) -> CheckpointReader:
     missing = [name for name, path in shards.items() if not path.is_file()]
     if missing:
         raise EvlaError(f"{directory} lacks {len(missing)} of {len(shards)} shards (first: {missing[0]}).")
+    stamps = _stamps(*shards.values())
     found: LazyTensors = {}
     where: dict[str, str] = {}
     for shard, path in shards.items():
@@ -89,7 +101,11 @@ def _open_shards(directory: Path, index: Path) -> CheckpointReader:
     absent = [name for name, shard in weight_map.items() if where.get(name) != shard]
     if absent:
         raise EvlaError(f"{index} names {len(absent)} tensors that their shard does not hold (first: {absent[0]}).")
-    return CheckpointReader(tuple(shards.values()), found)
+    return CheckpointReader(stamps, found)
+
+
+def _stamps(*paths: Path) -> dict[Path, tuple[int, int, int]]:
+    return {path: file_stamp(path) for path in paths}
 
 
 def _read_file(path: Path) -> LazyTensors:

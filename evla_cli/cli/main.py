@@ -1,7 +1,6 @@
 """The command line: click only; everything heavy is imported inside the commands."""
 
 import logging
-import signal
 import sys
 from typing import Any
 
@@ -9,6 +8,7 @@ import click
 
 from evla_cli import __version__
 from evla_cli.cli import analyze, export, inspect, predict, prune, run, verify
+from evla_cli.cli.stopping import Stopped, stoppable
 from evla_cli.errors import EvlaError
 
 
@@ -16,12 +16,11 @@ class Group(click.Group):
     """Prints an EvlaError as one line on stderr and exits with its code; leaves bugs their traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        # Through every `finally`, so that nothing half-written stays.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
-            return super().invoke(ctx)
+            with stoppable():
+                return super().invoke(ctx)
         except EvlaError as error:
             click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
             sys.exit(error.exit_code)
@@ -31,11 +30,9 @@ class Group(click.Group):
             command = error.ctx.command_path if error.ctx else "evla"
             click.echo(f"Error: {error.format_message()} See {command} --help.", err=True)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
-            sys.exit(130)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        except Stopped as stopped:
+            click.echo(str(stopped), err=True)
+            sys.exit(stopped.exit_code)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.files import check_output_file
+from evla_cli.checkpoint.outputs import check_output_file, new_file
 from evla_cli.errors import EvlaError
 from evla_cli.plan import LayerImportance
 
@@ -46,7 +46,7 @@ def _importance_bars(result: LayerImportance, directory: Path) -> Path:
     values = [score.importance for score in result.layers]
     axes.bar(range(len(values)), values, yerr=errors, color=_BLUE, error_kw={"elinewidth": 1})
     axes.set(xlabel="decoder layer", ylabel="importance (1 - mean cosine)", title="What each decoder layer does")
-    return _save(figure, axes, directory / "layer_importance.png", len(values))
+    return _save_by_layer(figure, axes, directory / "layer_importance.png", len(values))
 
 
 def _similarity_curve(result: LayerImportance, directory: Path) -> Path:
@@ -55,7 +55,7 @@ def _similarity_curve(result: LayerImportance, directory: Path) -> Path:
     axes.plot(range(len(values)), values, marker="o", color=_ORANGE)
     axes.set(xlabel="decoder layer", ylabel="cosine of input and output", title="Similarity across decoder layers")
     axes.grid(axis="y", alpha=0.3)
-    return _save(figure, axes, directory / "layer_similarity.png", len(values))
+    return _save_by_layer(figure, axes, directory / "layer_similarity.png", len(values))
 
 
 def _denoise_heatmaps(facts: dict[str, Any], directory: Path) -> Path:
@@ -71,10 +71,7 @@ def _denoise_heatmaps(facts: dict[str, Any], directory: Path) -> Path:
         axes.set_yticks(range(0, len(rows), max(1, len(rows) // 12)))
     all_axes[0].set_ylabel("action-head block")
     figure.colorbar(image, ax=all_axes, label="cosine between consecutive steps")
-    path = directory / "denoise_similarity.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return _save(figure, directory / "denoise_similarity.png")
 
 
 def _axes(width: float) -> tuple[Any, Any]:
@@ -83,12 +80,17 @@ def _axes(width: float) -> tuple[Any, Any]:
     return plt.subplots(figsize=(width, 3.6), layout="constrained")
 
 
-def _save(figure: Any, axes: Any, path: Path, num_layers: int) -> Path:
-    import matplotlib.pyplot as plt
-
+def _save_by_layer(figure: Any, axes: Any, path: Path, num_layers: int) -> Path:
     axes.set_xticks(range(0, num_layers, 1 if num_layers <= 40 else 4))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=150)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    with new_file(path, overwrite=True) as staging:
+        figure.savefig(staging, dpi=150, format="png")
     plt.close(figure)
     return path

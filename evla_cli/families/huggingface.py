@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.files import MARKERS, copy_file, read_json, write_json
+from evla_cli.checkpoint.files import copy_file, read_json, write_json
+from evla_cli.checkpoint.outputs import MARKERS
 from evla_cli.checkpoint.reader import open_huggingface_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.checkpoint.writer import write_huggingface_weights
