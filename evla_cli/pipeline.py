@@ -1,7 +1,8 @@
 """What evla does, from top to bottom: analyze, prune, export, run. Each stage reads files and writes files."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
 from evla_cli.calibration import decode_image, load_samples, samples_sha256
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
+from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.tensors import LazyTensors, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.errors import EvlaError
@@ -143,43 +145,69 @@ def prune(
     mlp_prune_ratio: float = 0.0,
     mlp_method: str = "prunenet",
     seed: int = 0,
+    plan_file: Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
 ) -> PruneResult:
-    """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout."""
+    """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout.
+
+    The source is hashed while it is copied, so that it is read once. That `importance` or `plan_file` belong to this
+    very checkpoint is therefore checked last, or before row selection where that takes long.
+
+    Args:
+        plan_file: a prune_plan.yaml to follow, instead of all the options before it.
+    """
     checkpoint = open_checkpoint(source)
-    options = (importance, num_drop, num_keep, drop_ids, protect_first, mlp_prune_ratio, mlp_method, seed)
+    reader = checkpoint.reader
+
+    def decide() -> tuple[PrunePlan, LazyTensors]:
+        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
+        if plan_file is not None:
+            plan = _given_plan(plan_file, checkpoint)
+        else:
+            scores = _given_importance(importance, checkpoint) if importance else None
+            keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, protect_first)
+            if scores and mlp_prune_ratio and mlp_method == "prunenet":
+                _check_source(importance, scores.checkpoint_sha256, reader)
+            plan = _new_plan(checkpoint, keep, scores, mlp_prune_ratio, mlp_method, seed)
+        return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix)
+
+    def identified(plan: PrunePlan) -> PrunePlan:
+        if plan.checkpoint_sha256 != "":
+            _check_source(plan_file or importance, plan.checkpoint_sha256, reader)
+        return replace(plan, checkpoint_sha256=reader.sha256)
+
     if dry_run:
-        return _plan(checkpoint, *options)[0]
+        plan, pruned = decide()
+        return _result(identified(plan), reader.tensors, pruned)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
-        result, pruned = _plan(checkpoint, *options)
-        check_space(staging, result.bytes_after)
-        write_pruned(checkpoint, staging, pruned, result.plan)
-        checkpoint.reader.check_unchanged()
-    return result
+        reader.read_ahead.advance(0)  # hashing begins
+        plan, pruned = decide()
+        check_space(staging, total_bytes(pruned))
+        with _byte_progress("writing", pruned, reader) as on_bytes:
+            checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
+        plan = identified(plan)
+        write_yaml(staging / "prune_plan.yaml", plan.to_record(), "What evla prune removed; see docs/files.md.")
+        reader.check_unchanged()
+    return _result(plan, reader.tensors, pruned)
 
 
-def _plan(
+def _new_plan(
     checkpoint: Checkpoint,
-    importance: Path | None,
-    num_drop: int | None,
-    num_keep: int | None,
-    drop_ids: Sequence[int],
-    protect_first: int | None,
+    keep: tuple[int, ...],
+    scores: LayerImportance | None,
     mlp_prune_ratio: float,
     mlp_method: str,
     seed: int,
-) -> tuple[PruneResult, LazyTensors]:
-    checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
-    scores = _checked_importance(importance, checkpoint) if importance else None
-    keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, protect_first)
+) -> PrunePlan:
+    """Its `checkpoint_sha256` is what `scores` were measured on; empty without scores."""
     mlp_keep, facts = _channels_to_keep(checkpoint, keep, mlp_prune_ratio, mlp_method, seed)
-    plan = PrunePlan(
+    return PrunePlan(
         num_layers=checkpoint.num_layers,
         intermediate_size=checkpoint.intermediate_size,
         keep_layers=keep,
         mlp_keep=mlp_keep,
-        checkpoint_sha256=checkpoint.reader.sha256,
+        checkpoint_sha256=scores.checkpoint_sha256 if scores else "",
         how={
             "importance": [score.importance for score in scores.layers] if scores else None,
             "samples_sha256": scores.samples_sha256 if scores else None,
@@ -189,27 +217,53 @@ def _plan(
             **facts,
         },
     )
-    pruned = prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix)
-    sizes = (total_elements(checkpoint.reader.tensors), total_elements(pruned), total_bytes(pruned))
-    return PruneResult(plan, *sizes), pruned
 
 
-def write_pruned(checkpoint: Checkpoint, dest: Path, pruned: LazyTensors, plan: PrunePlan) -> None:
-    with progress_bar("writing", total_bytes(pruned), "B") as bar:
-        checkpoint.write_pruned(checkpoint, dest, pruned, plan, bar.update)
-    write_yaml(dest / "prune_plan.yaml", plan.to_record(), "What evla prune removed; see docs/files.md.")
+def _given_plan(path: Path, checkpoint: Checkpoint) -> PrunePlan:
+    plan = PrunePlan.load(path)
+    for name in ("num_layers", "intermediate_size"):
+        if getattr(plan, name) != getattr(checkpoint, name):
+            raise EvlaError(
+                f"{path} is for a checkpoint whose {name} is {getattr(plan, name)}, that of {checkpoint.root} is "
+                f"{getattr(checkpoint, name)}."
+            )
+    return plan
 
 
-def _checked_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
+def _given_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
     scores = LayerImportance.load(path)
     if len(scores.layers) != checkpoint.num_layers:
         raise EvlaError(
             f"{path} ranks {len(scores.layers)} layers, {checkpoint.root} has {checkpoint.num_layers}: "
             "run evla analyze on this checkpoint."
         )
-    if scores.checkpoint_sha256 != checkpoint.reader.sha256:
-        raise EvlaError(f"{path} was measured on another checkpoint (its hash differs): run evla analyze on this one.")
     return scores
+
+
+def _check_source(path: Path | None, sha256: str, reader: CheckpointReader) -> None:
+    """Errors: the importance or the plan in the file `path` is that of a checkpoint with another hash."""
+    if sha256 != reader.sha256:
+        raise EvlaError(
+            f"{path} was measured on another checkpoint (its hash differs): run evla analyze on this one, and prune it "
+            "without --plan."
+        )
+
+
+def _result(plan: PrunePlan, before: LazyTensors, after: LazyTensors) -> PruneResult:
+    return PruneResult(plan, total_elements(before), total_elements(after), total_bytes(after))
+
+
+@contextmanager
+def _byte_progress(description: str, tensors: LazyTensors, reader: CheckpointReader) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of `tensors`, which also tells `reader` how far the work on its files is."""
+    total = total_bytes(tensors)
+    with progress_bar(description, total, "B") as bar:
+
+        def on_bytes(num_bytes: int) -> None:
+            bar.update(num_bytes)
+            reader.read_ahead.advance(num_bytes / total)
+
+        yield on_bytes
 
 
 def _layers_to_keep(

@@ -26,6 +26,12 @@ def evla(*arguments: Any) -> str:
     return result.stdout
 
 
+def evla_error(*arguments: Any) -> str:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 2, result.output
+    return result.stderr
+
+
 def evla_json(*arguments: Any) -> dict[str, Any]:
     return json.loads(evla(*arguments, "--json"))
 
@@ -201,6 +207,22 @@ def test_prune_twice_gives_the_same_bytes(pruned, cogact_run, importance_file, t
     options = ("--importance", importance_file, "--drop-layers", 2, "--mlp-prune-ratio", 0.5)
     evla("prune", cogact_run, tmp_path / "again", *options)
     assert contents(tmp_path / "again") == contents(pruned)
+
+
+def test_a_plan_can_be_followed_again(pruned, cogact_run, tmp_path):
+    evla("prune", cogact_run, tmp_path / "again", "--plan", pruned / "prune_plan.yaml")
+    assert contents(tmp_path / "again") == contents(pruned)
+
+
+def test_a_plan_of_another_checkpoint_is_refused(pruned, cogact_run, tmp_path):
+    text = (pruned / "prune_plan.yaml").read_text()
+    sha256 = yaml.safe_load(text)["checkpoint_sha256"]
+    (tmp_path / "plan.yaml").write_text(text.replace(sha256, "0" * 64))
+    assert "another checkpoint" in evla_error("prune", cogact_run, tmp_path / "a", "--plan", tmp_path / "plan.yaml")
+    assert "num_layers is 6" in evla_error("prune", pruned, tmp_path / "a", "--plan", pruned / "prune_plan.yaml")
+    options = ("--plan", pruned / "prune_plan.yaml", "--drop-layers", 1)
+    assert "--plan says what goes" in evla_error("prune", cogact_run, tmp_path / "a", *options)
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml"}
 
 
 def test_keep_layers_says_the_same_the_other_way(cogact_run, importance_file, tmp_path):

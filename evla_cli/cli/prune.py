@@ -11,6 +11,7 @@ Examples:
   evla prune cogact-base/ pruned/ --importance importance.json --drop-layers 10 --mlp-prune-ratio 0.25
   evla prune llama/ pruned/ --drop-layer-ids 13,14,15
   evla prune cogact-base/ pruned/ --importance importance.json --keep-layers 22 --dry-run
+  evla prune cogact-base/ again/ --plan pruned/prune_plan.yaml
 """
 
 
@@ -31,6 +32,9 @@ Examples:
 @click.option("--mlp-prune-ratio", type=float, default=0.0, show_default=True, help="Fraction of MLP width removed.")
 @click.option("--mlp-method", type=METHOD_CHOICE, default="prunenet", show_default=True, help="How rows are chosen.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of prunenet's training and of random rows.")
+@click.option(
+    "--plan", "plan_file", type=PATH, help="Follow a prune_plan.yaml of this very checkpoint instead of deciding anew."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @json_option
 @quiet_option
@@ -46,6 +50,7 @@ def command(
     mlp_prune_ratio: float,
     mlp_method: str,
     seed: int,
+    plan_file: Path | None,
     dry_run: bool,
     as_json: bool,
     overwrite: bool,
@@ -54,8 +59,11 @@ def command(
 
     DEST has SOURCE's own layout: layers are renumbered, the config is adapted, everything else is copied.
     """
-    if num_drop is None and num_keep is None and not drop_ids and mlp_prune_ratio == 0:
+    decided = num_drop is not None or num_keep is not None or bool(drop_ids) or mlp_prune_ratio != 0
+    if plan_file is None and not decided:
         raise EvlaError("Nothing to remove: give --drop-layers, --keep-layers, --drop-layer-ids or --mlp-prune-ratio.")
+    if plan_file is not None and (decided or importance is not None):
+        raise EvlaError("--plan says what goes; leave out --importance and the options that decide it.")
     from evla_cli import pipeline
     from evla_cli.evaluation.report import print_json, prune_table
 
@@ -70,6 +78,7 @@ def command(
         mlp_prune_ratio=mlp_prune_ratio,
         mlp_method=mlp_method,
         seed=seed,
+        plan_file=plan_file,
         dry_run=dry_run,
         overwrite=overwrite,
     )
