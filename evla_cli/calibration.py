@@ -18,6 +18,7 @@ from evla_cli.errors import EvlaError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_EXAMPLES = {"image": '{"image": "0001.png", "instruction": "open the drawer"}', "text": '{"text": "..."}'}
 _MAX_PIXELS = 50_000_000  # a camera frame has a few million; more is a decompression bomb
 
 
@@ -53,7 +54,9 @@ def load_samples(data: Path, kind: str, num_samples: int | None = None) -> list[
         raise EvlaError(f"{data} does not exist.")
     file = data / "samples.jsonl" if data.is_dir() else data
     if not file.is_file():
-        raise EvlaError(f"{data} has no samples.jsonl.")
+        raise EvlaError(f"{data} has no samples.jsonl (one {_EXAMPLES[kind]} a line).")
+    if kind == "image" and file.suffix != ".jsonl":
+        raise EvlaError(f"{data} must be a folder with samples.jsonl (one {_EXAMPLES[kind]} a line).")
     stream = _image_samples(file) if kind == "image" else _text_samples(file)
     samples = []
     for sample in stream:

@@ -203,7 +203,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
         edit("llama/config.json", lambda c: c.update(model_type=["llama"])),
     ),
     "no weights": ("inspect llama", "llama holds no weights", remove("llama/model.safetensors")),
-    "no .pt": ("inspect run", "holds 0 .pt files", remove(PT)),
+    "no .pt": ("inspect run", "run/checkpoints holds no .pt file", remove(PT)),
     "two .pt": ("inspect run", "2 .pt files; name the one", write("run/checkpoints/b.pt", b"")),
     ".pt outside checkpoints/": ("inspect a.pt", "<RUN>/checkpoints/<name>.pt", write("a.pt", b"")),
     "truncated .pt": ("inspect run", "may be truncated", cut(PT, 0.5)),
@@ -328,6 +328,10 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     # Samples
     "no samples": ("analyze run --samples nowhere -o o.json", "nowhere does not exist"),
     "folder without samples.jsonl": (ANALYZE, "samples has no samples.jsonl", remove("samples/samples.jsonl")),
+    "an image as samples": (
+        "analyze run --samples samples/0.png -o o.json",
+        "samples/0.png must be a folder with samples.jsonl",
+    ),
     "empty samples": (ANALYZE, "holds no samples", write("samples/samples.jsonl", "\n\n")),
     "0 samples": (f"{ANALYZE} --num-samples 0", "--num-samples must be at least 1"),
     "more samples than there are": (f"{ANALYZE} --num-samples 9", "holds 5 samples, --num-samples asks for 9"),
@@ -361,7 +365,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     ),
     "texts for a model with images": ("analyze run --samples texts.jsonl -o o.json", "missing field 'image'"),
     "images for a plain decoder": ("analyze llama --samples samples -o o.json", "missing field 'text'"),
-    "unknown device": (f"{ANALYZE} --device tpu9", "Device 'tpu9' cannot be used"),
+    "unknown device": (f"{ANALYZE} --device tpu9", "Unknown device 'tpu9'; use cpu, cuda or cuda:N."),
     "unknown dtype": (f"{ANALYZE} --dtype int8", "'int8' is not one of"),
     "batch of 0": (f"{ANALYZE} --batch-size 0", "is not in the range"),
     # Importance
@@ -400,7 +404,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "all layers": (f"{PRUNE} --drop-layers 6", "Cannot drop 6 of 6 layers"),
     "more layers than exist": (f"{PRUNE} --drop-layers 7", "Cannot drop 7 of 6 layers"),
     "more layers than are unprotected": (f"{PRUNE} --drop-layers 5", "2 are protected (0, 1)"),
-    "protected layer": ("prune run out --drop-layer-ids 1", "Layer 1 is protected"),
+    "protected layer": ("prune run out --drop-layer-ids 1", "Layer 1 is protected (--protect-first)"),
     "layer that does not exist": ("prune run out --drop-layer-ids 6", "has layers 0 to 5"),
     "layers that are no numbers": ("prune run out --drop-layer-ids a", "not a list of layer indices such as 3,7,9"),
     "negative number of layers": (f"{PRUNE} --drop-layers -1", "must not be negative"),
@@ -437,6 +441,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     # Settings
     "more visual tokens than there are": (f"{EXPORT} --num-visual-tokens 17", "the model has 16 visual tokens"),
     "fewer visual tokens than key tokens": (f"{EXPORT} --num-visual-tokens 3", "fewer than the 4 key tokens"),
+    "key tokens of no selection": (f"{EXPORT} --num-key-tokens 4", "--num-key-tokens does nothing while all"),
     "pruning after the last layer": (f"{EXPORT} --num-visual-tokens 8 --prune-layer 6", "it must be at most 5"),
     "task ratio above 1": (f"{EXPORT} --task-ratio 1.5", "task_ratio must be between 0 and 1"),
     "interval above the steps": (f"{EXPORT} --cache-interval 11", "more than the 10 denoising steps"),
@@ -548,7 +553,8 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     # Usage
     "unknown command": ("prun run", "No such command 'prun'"),
     "unknown option": ("inspect run --wat", "No such option '--wat'"),
-    "missing argument": ("prune run", "Missing argument 'DEST'"),
+    "missing argument": ("prune run", "Missing argument 'DEST'. See"),
+    "instruction without quotes": (f"{PREDICT} drawer now", "unexpected extra arguments (drawer now). See"),
 }
 
 

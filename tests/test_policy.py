@@ -240,6 +240,28 @@ def test_an_array_is_as_good_as_an_image(policy):
     assert np.array_equal(policy.predict_action(np.asarray(image), "open drawer", seed=3), expected)
 
 
+@pytest.mark.parametrize(
+    ("image", "instruction", "message"),
+    [
+        ("camera.png", "open", "uint8 array \\(height, width, 3\\), got str"),
+        (np.zeros((60, 80, 3)), "open", "got float64 \\(60, 80, 3\\)"),
+        (np.zeros((3, 60, 80), np.uint8), "open", "got uint8 \\(3, 60, 80\\)"),
+        (np.zeros((60, 80, 3), np.uint8), b"open", "must be a text, got bytes"),
+        (np.zeros((60, 80, 3), np.uint8), None, "must be a text, got NoneType"),
+        (np.zeros((60, 80, 3), np.uint8), "", "instruction is empty"),
+    ],
+)
+def test_what_is_no_image_or_no_instruction_is_refused(policy, image, instruction, message):
+    with pytest.raises(EvlaError, match=message):
+        policy.predict_action(image, instruction)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_what_is_no_dtype_to_compute_in_is_refused(bundle, dtype):
+    with pytest.raises(EvlaError, match=r"floating-point torch\.dtype such as torch\.bfloat16, got"):
+        load_policy(bundle, dtype=dtype)
+
+
 def test_an_exported_bundle_acts_as_its_source_under_its_own_settings(policy, cogact_run, tmp_path, scenes, noise):
     pipeline.export(cogact_run, tmp_path / "bundle", FULL)
     bundle = load_policy(tmp_path / "bundle")

@@ -3,6 +3,7 @@ from pathlib import Path
 import click
 
 from evla_cli.cli.options import DTYPE_CHOICE, PATH, json_option, overwrite_option, quiet_option
+from evla_cli.errors import EvlaError
 
 EXAMPLE = """
 \b
@@ -62,6 +63,10 @@ def command(
         action_cache={"interval": cache_interval},
         diffusion={"num_denoise_steps": num_denoise_steps, "cfg_scale": cfg_scale},
     )
+    idle = {"--num-key-tokens": num_key_tokens, "--task-ratio": task_ratio, "--prune-layer": prune_layer}
+    for option, value in idle.items():
+        if value is not None and chosen.visual_tokens.num_keep is None:
+            raise EvlaError(f"{option} does nothing while all visual tokens are kept; give --num-visual-tokens.")
     facts = pipeline.export(source, bundle, chosen, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     if as_json:
         click.echo(print_json({"bundle": str(bundle), **facts}))

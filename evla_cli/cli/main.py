@@ -28,7 +28,7 @@ class Group(click.Group):
             raise
         except click.UsageError as error:  # in one line, too: click would print the usage before it
             command = error.ctx.command_path if error.ctx else "evla"
-            click.echo(f"Error: {error.format_message()} See {command} --help.", err=True)
+            click.echo(f"Error: {error.format_message().rstrip('.')}. See {command} --help.", err=True)
             sys.exit(error.exit_code)
         except Stopped as stopped:
             click.echo(str(stopped), err=True)

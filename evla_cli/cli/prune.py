@@ -29,7 +29,13 @@ Examples:
     type=int,
     help="Layers at the start that stay (default: 2 for a VLA, whose visual tokens leave after them; else 0).",
 )
-@click.option("--mlp-prune-ratio", type=float, default=0.0, show_default=True, help="Fraction of MLP width removed.")
+@click.option(
+    "--mlp-prune-ratio",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Fraction of MLP width removed; what stays is rounded to a multiple of 64 (narrow MLPs: less).",
+)
 @click.option("--mlp-method", type=METHOD_CHOICE, default="prunenet", show_default=True, help="How rows are chosen.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of prunenet's training and of random rows.")
 @click.option(

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import click
@@ -21,10 +22,10 @@ def command(recipe: Path, as_json: bool, overwrite: bool) -> None:
     from evla_cli.evaluation.report import print_json
     from evla_cli.running import run_recipe
 
-    stages = run_recipe(recipe, overwrite=overwrite)
+    stages = [(name, os.path.normpath(path), done) for name, path, done in run_recipe(recipe, overwrite=overwrite)]
     if as_json:
         click.echo(
-            print_json({"stages": [{"stage": name, "output": str(path), "done": done} for name, path, done in stages]})
+            print_json({"stages": [{"stage": name, "output": path, "done": done} for name, path, done in stages]})
         )
     else:
         for name, path, done in stages:

@@ -72,7 +72,8 @@ def inspection(source: Path) -> dict[str, Any]:
         if tensors:
             parts[part] = {"parameters": total_elements(tensors), "bytes": total_bytes(tensors)}
     dtypes = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in checkpoint.reader.tensors.values())
-    can = ["analyze", "prune"] + (["export", "predict"] if checkpoint.family.has_action_head else [])
+    can = ["analyze", "prune"] + (["export"] if checkpoint.family.has_action_head else [])
+    can += ["verify", "predict"] if checkpoint.layout == "bundle" else []
     facts = {
         "path": str(source),
         "family": checkpoint.family.name,

@@ -57,7 +57,9 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
         return _open_native(path.parent.parent, path)
     if (path / "checkpoints").is_dir():
         files = sorted((path / "checkpoints").glob("*.pt"))
-        if len(files) != 1:
+        if not files:
+            raise EvlaError(f"{path / 'checkpoints'} holds no .pt file.")
+        if len(files) > 1:
             raise EvlaError(f"{path / 'checkpoints'} holds {len(files)} .pt files; name the one to use.")
         return _open_native(path, files[0])
     if (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "cogact":

@@ -31,7 +31,7 @@ def choose_layers(
         raise EvlaError(f"Layer {outside[0]} does not exist; the decoder has layers 0 to {num_layers - 1}.")
     both = sorted(set(drop_ids) & set(protected))
     if both:
-        raise EvlaError(f"Layer {both[0]} is protected (--keep-layers) and cannot be dropped.")
+        raise EvlaError(f"Layer {both[0]} is protected (--protect-first) and cannot be dropped.")
     num_drop = max(num_drop, len(set(drop_ids)))
     free = [layer for layer in ranking if layer not in protected and layer not in drop_ids]
     num_free = len(free) + len(set(drop_ids))

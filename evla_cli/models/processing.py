@@ -86,6 +86,8 @@ class CogACTProcessor:
 
     def prompt(self, instruction: str) -> tuple[list[int], list[int]]:
         """Token ids (BOS, the prompt, the two suffix tokens), and a 1 for each that belongs to the instruction."""
+        if not isinstance(instruction, str):
+            raise EvlaError(f"An instruction must be a text, got {type(instruction).__name__}.")
         if not instruction.strip():
             raise EvlaError("The instruction is empty.")
         text = _PROMPT.format(instruction.lower())
@@ -143,9 +145,8 @@ def to_image(image: Any) -> Image.Image:
         return image
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise EvlaError(
-            f"An image must be a PIL image or a uint8 array (height, width, 3), got {array.dtype} {array.shape}."
-        )
+        found = f"{array.dtype} {array.shape}" if array.ndim else type(image).__name__
+        raise EvlaError(f"An image must be a PIL image or a uint8 array (height, width, 3), got {found}.")
     return Image.fromarray(array)
 
 

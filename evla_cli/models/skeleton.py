@@ -97,6 +97,10 @@ def load_model(
 
 def check_device(device: torch.device | str) -> None:
     try:
+        torch.device(device)
+    except RuntimeError as error:  # whose text lists every kind of hardware that torch has a name for
+        raise EvlaError(f"Unknown device '{device}'; use cpu, cuda or cuda:N.") from error
+    try:
         if torch.empty(1, device=device).is_meta:
             raise RuntimeError("the meta device computes nothing")
     except (RuntimeError, AssertionError, AttributeError) as error:  # torch's kinds for a device that is not there

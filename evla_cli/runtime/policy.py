@@ -54,6 +54,8 @@ def policy_from_checkpoint(
 ) -> "Policy":
     """A policy from any checkpoint with an action head, bundle or not, with the given settings (default: neutral)."""
     check_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise EvlaError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}.")
     checkpoint = open_checkpoint(source)
     if not checkpoint.family.has_action_head:
         raise EvlaError(f"{source} has no action head: only a vision-language-action model can act.")
