@@ -1,6 +1,6 @@
 """Self-contained bundles: everything a robot process needs in one directory, written and verified."""
 
-from importlib.metadata import version
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ from evla_cli.families import open_checkpoint
 from evla_cli.families.base import TOKENIZER_FILES, Checkpoint
 from evla_cli.models.processing import CogACTProcessor
 from evla_cli.models.skeleton import checked_skeleton
+from evla_cli.plan import PLAN, PrunePlan
 from evla_cli.progress import progress_bar
-from evla_cli.settings import InferenceSettings
+from evla_cli.settings import InferenceSettings, PruneRecipe
 
 
-def write_bundle_files(checkpoint: Checkpoint, dest: Path, settings: InferenceSettings) -> None:
+def write_bundle_files(
+    checkpoint: Checkpoint, dest: Path, settings: InferenceSettings, dtype: str | None, shard_bytes: int
+) -> None:
     """Everything in a bundle but the weights; the manifest last, since it hashes the rest."""
     assert checkpoint.tokenizer_dir is not None
     write_json(dest / "config.json", checkpoint.config)
@@ -25,18 +28,34 @@ def write_bundle_files(checkpoint: Checkpoint, dest: Path, settings: InferenceSe
         if (checkpoint.tokenizer_dir / name).is_file():
             copy_file(checkpoint.tokenizer_dir / name, dest / name)
     copy_file(checkpoint.root / "dataset_statistics.json", dest / "dataset_statistics.json")
-    provenance: dict[str, Any] = {
-        "libraries": {name: version(name) for name in ("torch", "transformers")},
-        "source": {
-            "family": checkpoint.family.name,
-            "layout": checkpoint.layout,
-            "checkpoint_sha256": checkpoint.reader.sha256,
-        },
-    }
-    if (checkpoint.root / "prune_plan.yaml").is_file():
-        copy_file(checkpoint.root / "prune_plan.yaml", dest / "prune_plan.yaml")
+    plan = None
+    if (checkpoint.root / PLAN).is_file():
+        copy_file(checkpoint.root / PLAN, dest / PLAN)
+        plan = PrunePlan.load(dest / PLAN)
     write_text(dest / "README.md", _readme(checkpoint, settings))
-    write_manifest(dest, provenance)
+    export = {"dtype": dtype, "max_shard_size": str(shard_bytes)}
+    write_manifest(dest, _provenance(checkpoint, plan, export))
+
+
+def _provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str, Any]) -> dict[str, Any]:
+    """Where a bundle comes from: hashes instead of paths, and the options of every stage under a recipe's keys."""
+    source = {
+        "family": checkpoint.family.name,
+        "layout": checkpoint.layout,
+        "checkpoint_sha256": checkpoint.reader.sha256,
+    }
+    if plan is None:
+        return {"source": source, "plan": None, "recipe": {"export": export}}
+    decided = {
+        "checkpoint_sha256": plan.checkpoint_sha256,
+        "samples_sha256": plan.how.get("samples_sha256"),
+        "keep_layers": list(plan.keep_layers),
+        "kept_intermediate_size": plan.kept_intermediate_size,
+    }
+    recipe: dict[str, Any] = {"analyze": plan.how["analyze"]} if plan.how.get("analyze") else {}
+    options = {field.name: plan.how.get(field.name) for field in fields(PruneRecipe)}
+    recipe["prune"] = {name: value for name, value in options.items() if value is not None}  # no method: none was used
+    return {"source": source, "plan": decided, "recipe": recipe | {"export": export}}
 
 
 def verify_bundle(root: Path) -> dict[str, Any]:

@@ -28,13 +28,14 @@ from evla_cli.methods.row_selection import select_channels
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream
-from evla_cli.plan import SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
+from evla_cli.plan import PLAN, SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import from_mapping
 from evla_cli.settings import InferenceSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ANALYZE_OPTIONS = ("num_samples", "batch_size", "dtype")  # that change the result; all of them stand in its file
 
 
 def analyze(
@@ -91,6 +92,7 @@ def analyze(
         layers=tuple(scores),
         family=checkpoint.family.name,
         dtype=dtype,
+        batch_size=batch_size,
         action_head=action_head,
     )
 
@@ -166,10 +168,11 @@ def prune(
             plan = _given_plan(plan_file, checkpoint)
         else:
             scores = _given_importance(importance, checkpoint) if importance else None
-            keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, protect_first)
+            num_first = _num_protected(checkpoint, protect_first)
+            keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, num_first)
             if scores and mlp_prune_ratio and mlp_method == "prunenet":
                 _check_source(importance, scores.checkpoint_sha256, reader)
-            plan = _new_plan(checkpoint, keep, scores, mlp_prune_ratio, mlp_method, seed)
+            plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed)
         return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix)
 
     def identified(plan: PrunePlan) -> PrunePlan:
@@ -187,7 +190,7 @@ def prune(
         with _byte_progress("writing", pruned, reader) as on_bytes:
             checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
         plan = identified(plan)
-        write_yaml(staging / "prune_plan.yaml", plan.to_record(), "What evla prune removed; see docs/files.md.")
+        write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
         reader.check_unchanged()
     return _result(plan, reader.tensors, pruned)
 
@@ -196,6 +199,8 @@ def _new_plan(
     checkpoint: Checkpoint,
     keep: tuple[int, ...],
     scores: LayerImportance | None,
+    drop_ids: Sequence[int],
+    protect_first: int,
     mlp_prune_ratio: float,
     mlp_method: str,
     seed: int,
@@ -211,6 +216,10 @@ def _new_plan(
         how={
             "importance": [score.importance for score in scores.layers] if scores else None,
             "samples_sha256": scores.samples_sha256 if scores else None,
+            "analyze": {name: getattr(scores, name) for name in _ANALYZE_OPTIONS} if scores else None,
+            "drop_layers": checkpoint.num_layers - len(keep),
+            "drop_layer_ids": sorted(set(drop_ids)),
+            "protect_first": protect_first,
             "mlp_prune_ratio": mlp_prune_ratio,
             "mlp_method": mlp_method if mlp_keep else None,
             "seed": seed,
@@ -266,13 +275,20 @@ def _byte_progress(description: str, tensors: LazyTensors, reader: CheckpointRea
         yield on_bytes
 
 
+def _num_protected(checkpoint: Checkpoint, protect_first: int | None) -> int:
+    """By default the layers before which tokens are pruned: they see the whole image."""
+    if protect_first is None:
+        return 2 if checkpoint.family.sample_kind == "image" else 0
+    return protect_first
+
+
 def _layers_to_keep(
     checkpoint: Checkpoint,
     scores: LayerImportance | None,
     num_drop: int | None,
     num_keep: int | None,
     drop_ids: Sequence[int],
-    protect_first: int | None,
+    protect_first: int,
 ) -> tuple[int, ...]:
     num_layers = checkpoint.num_layers
     if num_keep is not None:
@@ -289,8 +305,6 @@ def _layers_to_keep(
         raise EvlaError(f"--drop-layer-ids names {len(set(drop_ids))} layers, but only {num_drop} are to go in all.")
     if scores is None and num_drop > len(set(drop_ids)):
         raise EvlaError("Dropping layers by rank needs --importance; make it with evla analyze.")
-    if protect_first is None:  # tokens are pruned before layer 2, and those before it see the whole image
-        protect_first = 2 if checkpoint.family.sample_kind == "image" else 0
     if not 0 <= protect_first <= num_layers:
         raise EvlaError(f"--protect-first must be between 0 and {num_layers}, got {protect_first}.")
     ranking = scores.ranking() if scores else list(range(num_layers))
@@ -341,7 +355,7 @@ def export(
         check_space(staging, total_bytes(weights))
         with progress_bar("exporting", total_bytes(weights), "B") as bar:
             write_huggingface_weights(staging, weights, shard_bytes, bar.update)
-        write_bundle_files(checkpoint, staging, settings)
+        write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes)
         facts = verify_bundle(staging)
         checkpoint.reader.check_unchanged()
     return facts

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from evla_cli import __version__
+from evla_cli.checkpoint.bundle import library_versions
 from evla_cli.checkpoint.files import read_json, read_yaml
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.schema import from_mapping, to_mapping
 
 SCHEMA_VERSION = 1
 METRICS = ("block_influence",)
+PLAN = "prune_plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class LayerImportance:
     layers: tuple[LayerScore, ...]
     family: str = ""
     dtype: str = ""
+    batch_size: int | None = None
     evla_version: str = __version__
     action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
 
@@ -81,7 +84,7 @@ class PrunePlan:
     Attributes:
         keep_layers: indices in the source, ascending.
         mlp_keep: for every kept layer the channels that stay, ascending; None keeps all.
-        how: how it was decided, for the reader: scores, method, seed, ratios.
+        how: how it was decided, for the reader: the options of `analyze` and `prune` under a recipe's keys, scores.
     """
 
     num_layers: int
@@ -125,6 +128,7 @@ class PrunePlan:
         return {
             "schema_version": SCHEMA_VERSION,
             "evla_version": __version__,
+            "libraries": library_versions(),
             "checkpoint_sha256": self.checkpoint_sha256,
             "num_layers": self.num_layers,
             "keep_layers": list(self.keep_layers),

@@ -10,6 +10,7 @@ from typing import Any
 from evla_cli import __version__, pipeline
 from evla_cli.bundling import check_export
 from evla_cli.calibration import load_samples, samples_sha256
+from evla_cli.checkpoint.bundle import library_versions
 from evla_cli.checkpoint.files import read_json, sha256_file
 from evla_cli.checkpoint.outputs import check_apart, locked, made_directory, write_file
 from evla_cli.checkpoint.writer import parse_size
@@ -132,7 +133,9 @@ class _Stages:
         self.log: list[tuple[str, Path, bool]] = []
 
     def run(self, stage: str, dest: Path, inputs: dict[str, Any], work: Callable[[], Any]) -> None:
-        key = hashlib.sha256(json.dumps([__version__, stage, inputs], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps([__version__, library_versions(), stage, inputs], sort_keys=True).encode()
+        ).hexdigest()
         entry = self._done.get(stage)
         if entry is not None and dest.exists() and entry == StageState(key, _fingerprint(dest)):
             self.log.append((stage, dest, False))

@@ -14,7 +14,7 @@ LAYERS = [
     {"cli"},
     {"running"},
     {"pipeline"},
-    {"bundling", "evaluation"},
+    {"bundling", "comparison", "evaluation"},
     {"runtime"},
     {"models", "methods"},
     {"families"},

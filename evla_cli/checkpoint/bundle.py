@@ -1,6 +1,7 @@
 """The layout of an exported bundle, and its manifest: every file with size and SHA-256."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ class Bundle:
         return self.manifest["files"]
 
 
+def library_versions() -> dict[str, str]:
+    """Of the libraries that compute what is written; another version may give other bytes."""
+    return {name: version(name) for name in ("numpy", "torch", "transformers")}
+
+
 def write_manifest(root: Path, provenance: dict[str, Any]) -> None:
     """Hash every file under `root`. No time, user or path goes in: the same content gives the same manifest."""
     files = {}
@@ -33,8 +39,8 @@ def write_manifest(root: Path, provenance: dict[str, Any]) -> None:
         if path.is_file() and path.name != MANIFEST:
             name = path.relative_to(root).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    record = {"schema_version": SCHEMA_VERSION, "evla_version": __version__, **provenance, "files": files}
-    write_json(root / MANIFEST, record)
+    versions = {"evla_version": __version__, "libraries": library_versions()}
+    write_json(root / MANIFEST, {"schema_version": SCHEMA_VERSION, **versions, **provenance, "files": files})
 
 
 def open_bundle(root: Path) -> Bundle:

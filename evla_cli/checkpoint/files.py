@@ -11,6 +11,8 @@ import yaml
 
 from evla_cli.errors import EvlaError
 
+_CHUNK = 2**22  # bytes
+
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
@@ -81,6 +83,20 @@ def file_stamp(path: Path) -> tuple[int, int, int]:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def same_bytes(this: Path, other: Path) -> bool:
+    """Whether two files hold the same. Reads both, up to where they differ."""
+    try:
+        if this.stat().st_size != other.stat().st_size:
+            return False
+        with open(this, "rb") as mine, open(other, "rb") as theirs:
+            while (chunk := mine.read(_CHUNK)) == theirs.read(_CHUNK):
+                if not chunk:
+                    return True
+    except OSError as error:
+        raise EvlaError(f"Cannot compare {this} with {other}: {error.strerror}.") from error
+    return False
 
 
 def copy_file(source: Path, dest: Path) -> None:

@@ -1,22 +1,39 @@
+from collections import Counter
 from pathlib import Path
 
 import click
 
 from evla_cli.cli.options import PATH, json_option, quiet_option
+from evla_cli.errors import CheckFailed
+
+_MAX_LINES = 40
 
 EXAMPLE = """
 \b
-Example:
+Examples:
   evla verify bundle/
+  evla verify bundle/ --against published/
 """
 
 
 @click.command("verify", epilog=EXAMPLE)
 @click.argument("bundle", type=PATH)
+@click.option("--against", "other", type=PATH, help="Compare with this bundle or checkpoint instead.")
 @json_option
 @quiet_option
-def command(bundle: Path, as_json: bool) -> None:
-    """Check a BUNDLE: hashes, weights against the model, settings against the model. Exit code 1 if it differs."""
+def command(bundle: Path, other: Path | None, as_json: bool) -> None:
+    """Check a BUNDLE: hashes, weights against the model, settings against the model. Exit code 1 if it differs.
+
+    With --against, say whether two bundles (or pruned checkpoints, or native runs) are the same and, if not, which
+    tensors, settings, plan entries or versions differ.
+    """
+    if other is None:
+        _verify(bundle, as_json)
+    else:
+        _compare(bundle, other, as_json)
+
+
+def _verify(bundle: Path, as_json: bool) -> None:
     from evla_cli.bundling import verify_bundle
     from evla_cli.evaluation.report import print_json
 
@@ -27,3 +44,25 @@ def command(bundle: Path, as_json: bool) -> None:
         click.echo(
             f"{bundle}: {facts['files']} files and {facts['tensors']} tensors as the manifest and the model say."
         )
+
+
+def _compare(bundle: Path, other: Path, as_json: bool) -> None:
+    from evla_cli.comparison import compare_checkpoints
+    from evla_cli.evaluation.report import print_json
+
+    comparison = compare_checkpoints(bundle, other)
+    differences = comparison.differences
+    if as_json:
+        records = [difference.to_record() for difference in differences]
+        facts = {"same": not differences, "tensors": comparison.num_tensors, "differences": records}
+        click.echo(print_json({"bundle": str(bundle), "against": str(other), **facts}))
+    elif differences:
+        for difference in differences[:_MAX_LINES]:
+            click.echo(str(difference))
+        if len(differences) > _MAX_LINES:
+            click.echo(f"... and {len(differences) - _MAX_LINES} more; --json lists them all.")
+    else:
+        click.echo(f"{bundle} and {other} are the same: {comparison.num_tensors} tensors, {comparison.scope}.")
+    if differences:
+        counts = Counter(difference.kind for difference in differences)
+        raise CheckFailed(f"{bundle} and {other} differ: {', '.join(f'{kind} ({n})' for kind, n in counts.items())}.")

@@ -26,6 +26,7 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
     if config is None:
         return None
     full = config.to_dict()
+    full.pop("_name_or_path", None)  # where it was read from is no part of the model
     derived = {key: full[key] for key in LAYER_LISTS if isinstance(full.get(key), list) and not raw.get(key)}
     checkpoint = open_huggingface(path, DECODER, full, derived)
     if not any(name.startswith("model.layers.0.") for name in checkpoint.weights):

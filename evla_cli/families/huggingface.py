@@ -70,9 +70,14 @@ def open_huggingface(
     )
 
 
+def other_files(directory: Path) -> list[Path]:
+    """Every file at the top of a checkpoint but weights and hidden ones."""
+    paths = sorted(directory.iterdir())
+    return [p for p in paths if p.is_file() and p.suffix not in _WEIGHT_SUFFIXES and not p.name.startswith(".")]
+
+
 def copy_other_files(source: Path, dest: Path) -> None:
-    """Everything at the top of `source` but weights, and but what `dest` already has."""
-    for path in sorted(source.iterdir()):
-        other = path.suffix not in _WEIGHT_SUFFIXES and path.name not in _STALE and not path.name.startswith(".")
-        if path.is_file() and other and not (dest / path.name).exists():
+    """All `other_files` but those of another state of the model, and but what `dest` already has."""
+    for path in other_files(source):
+        if path.name not in _STALE and not (dest / path.name).exists():
             copy_file(path, dest / path.name)
