@@ -134,7 +134,10 @@ class InferenceSettings:
                 f"possible: {', '.join(map(str, possible))}."
             )
         if cache.interval > steps:
-            raise EvlaError(f"action_cache.interval is {cache.interval}, more than the {steps} denoising steps.")
+            raise EvlaError(
+                f"action_cache.interval is {cache.interval}, more than the {steps} denoising steps; "
+                f"make it at most {steps}."
+            )
         beyond = [block for block in cache.blocks or () if not 0 <= block < num_blocks]
         if beyond:
             raise EvlaError(

@@ -1,7 +1,4 @@
-"""Compress the shipped CogACT with `configs/demo.yaml` and print what that gained and what it cost.
-
-make demo
-"""
+"""`make demo`: compress the shipped CogACT with `configs/demo.yaml`, and print what that gained and what it cost."""
 
 import argparse
 import os
