@@ -10,14 +10,19 @@ to the spectrum, get opposite scores. "spectral", the default, keeps reward, noi
 row's share in every band of its own matrix's spectrum instead of the row, and takes the layer's other draws as the
 baseline. docs/prunenet.md has the evidence and the measurements.
 
+Every matrix is worked on by one thread, several matrices at a time: what comes out does not depend on how many threads
+there are.
+
 Letters: L layers, F intermediate size, D hidden size, K rows kept, B spectral bands.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.pool import ThreadPool
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +30,11 @@ from torch import Tensor, nn
 from evla_cli.errors import EvlaError, suggest
 
 Distance = Callable[[Tensor], float]  # kept rows (K) -> KS statistic against the whole matrix
+Result = TypeVar("Result")
 
 NUM_BANDS = 8  # bands with equally many singular values each, weakest first
+_CHUNK_ROWS = 2048  # rows that are converted at a time
+_BLOCK_COLUMNS = 512  # columns of a Gram matrix that are computed at a time, from the diagonal down
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class PolicyResult:
     policy: "Policy"
     rows: tuple[Tensor, ...]  # one (K) per layer, ascending: what select_rows gives, without the work
     report: PolicyReport
-    history: tuple[float, ...]  # mean KS of the policy's top rows before each episode, and after the last
+    history: tuple[float, ...]  # mean KS of the policy's top rows on its training layers, by the number of episodes
     best_episode: int  # where in the history the returned policy stands; 0 is the untrained one
+    training_layers: tuple[int, ...]
     variant: str
     reward: str
     seed: int
@@ -82,57 +91,72 @@ def train_policy(
     num_layers: int,
     num_keep: int,
     *,
-    episodes: int = 20,
+    num_training_layers: int = 8,
+    episodes: int = 5,
     discount: float = 0.99,
     learning_rate: float | None = None,
     seed: int = 0,
     variant: str = "spectral",
-    reward: str = "exact",
-    num_samples: int = 2,
-    dtype: torch.dtype = torch.float64,
+    reward: str = "gram",
+    num_samples: int = 4,
+    dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
 ) -> PolicyResult:
-    """Train one policy for the first MLP matrices (F, D) of all layers, reading one at a time, and keep the best seen.
+    """Train one policy on the first MLP matrices (F, D) of some layers, keep the best seen, and apply it to all.
 
-    `learning_rate` is 0.001 for "paper" and 0.1 for the few weights of "spectral" unless given. `num_samples` is the
-    number of draws per layer and episode of "spectral"; "paper" has one. `progress(done, total)` counts matrices read.
+    As many matrices are in memory as torch has threads; `read_matrix` is called from as many threads. The training
+    layers are spread evenly. `learning_rate` is 0.001 for "paper" and 0.1 for the few weights of "spectral" unless
+    given. `num_samples` is the number of draws per layer and episode of "spectral"; "paper" has one. A spectrum that
+    float32 cannot resolve is computed in float64. `progress(done, total)` counts visits to matrices.
     """
     if variant not in VARIANTS:
         raise EvlaError(f"Unknown PruneNet variant '{variant}'. {suggest(variant, VARIANTS)}")
     if reward not in REWARDS:
         raise EvlaError(f"Unknown PruneNet reward '{reward}'. {suggest(reward, REWARDS)}")
-    if num_layers < 1 or episodes < 0 or num_samples < 2:
-        got = f"{num_layers}, {episodes}, {num_samples}"
-        raise EvlaError(f"PruneNet needs num_layers >= 1, episodes >= 0, num_samples >= 2, got {got}.")
+    if min(num_layers, num_training_layers) < 1 or episodes < 0 or num_samples < 2:
+        got = f"{num_layers}, {num_training_layers}, {episodes}, {num_samples}"
+        raise EvlaError(
+            f"PruneNet needs num_layers >= 1, num_training_layers >= 1, episodes >= 0, num_samples >= 2, got {got}."
+        )
     chosen = VARIANTS[variant]
-    layers = _Layers(read_matrix, num_layers, num_keep, chosen.policy, REWARDS[reward], dtype, seed)
-    num_visits = num_layers * (2 + episodes * chosen.visits)
-    layers.on_visit = None if progress is None else lambda done: progress(done, num_visits)
+    training = _spread(num_layers, num_training_layers)
+    num_visits = len(training) * (episodes * chosen.visits + 1) + num_layers
+    on_visit = None if progress is None else lambda done: progress(done, num_visits)
+    with _single_threaded() as num_threads, ThreadPool(num_threads) as workers:
+        layers = _Layers(
+            read_matrix, training, num_keep, chosen.policy, REWARDS[reward], dtype, seed, workers, on_visit
+        )
+        policy = chosen.policy(*layers.shape, _generator(seed, "policy")).to(dtype)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate or chosen.learning_rate)
+        untrained = best_policy = deepcopy(policy)
+        best_episode = 0
+        sweeps: list[list[_Choice]] = []
+        for episode in range(episodes + 1):
+            before = deepcopy(policy)
+            if episode < episodes:
+                sweeps.append(chosen.train_episode(policy, optimizer, layers, episode, discount, num_samples))
+            else:
+                sweeps.append(layers.sweep(lambda visit: layers.choose(visit, policy(visit.features)), training))
+            if _mean_reward(sweeps[episode]) > _mean_reward(sweeps[best_episode]):
+                best_policy, best_episode = before, episode
 
-    random, magnitude = layers.reference_rows()
-    policy = chosen.policy(*layers.shape, _generator(seed, "policy")).to(dtype)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate or chosen.learning_rate)
-    best_policy, best_episode = deepcopy(policy), 0
-    sweeps: list[list[_Choice]] = []
-    for episode in range(episodes + 1):
-        before = deepcopy(policy)
-        if episode < episodes:
-            sweeps.append(chosen.train_episode(policy, optimizer, layers, episode, discount, num_samples))
-        else:
-            sweeps.append(layers.sweep(lambda visit: layers.choose(visit, policy(visit.features))))
-        if _mean_reward(sweeps[episode]) > _mean_reward(sweeps[best_episode]):
-            best_policy, best_episode = before, episode
+        def survey(visit: _Visit) -> tuple[_Choice, ...]:
+            random = _uniform(visit.energy.numel(), seed, "random", visit.layer)
+            scores = (untrained(visit.features), best_policy(visit.features), random, visit.energy)
+            return tuple(layers.choose(visit, score) for score in scores)
 
-    report = PolicyReport(*(_quality(sweep) for sweep in (sweeps[0], sweeps[best_episode], random, magnitude)))
-    rows = tuple(choice.rows for choice in sweeps[best_episode])
+        kinds = list(zip(*layers.sweep(survey, range(num_layers)), strict=True))
+    rows = tuple(choice.rows for choice in kinds[1])
     history = tuple(_quality(sweep).mean_ks for sweep in sweeps)
-    return PolicyResult(best_policy, rows, report, history, best_episode, variant, reward, seed)
+    report = PolicyReport(*map(_quality, kinds))
+    return PolicyResult(best_policy, rows, report, history, best_episode, training, variant, reward, seed)
 
 
 def select_rows(policy: "Policy", gate: Tensor, num_keep: int) -> Tensor:
     """The policy's top rows of one matrix, ascending: no sampling, so two runs agree."""
-    with torch.no_grad():
-        return top_rows(policy(policy.features(gate.to(policy.dtype))), num_keep)
+    with torch.no_grad(), _single_threaded():
+        features, _, _ = _describe(type(policy), gate, policy.dtype)
+        return top_rows(policy(features), num_keep)
 
 
 def top_rows(scores: Tensor, num_keep: int) -> Tensor:
@@ -153,7 +177,8 @@ class Policy(nn.Module):
         return next(self.parameters()).dtype
 
     @staticmethod
-    def features(matrix: Tensor) -> Tensor:
+    def describe(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of a matrix and its singular values, given its `gram_matrix`, in the latter's precision."""
         raise NotImplementedError
 
 
@@ -168,58 +193,73 @@ class PruneNetPolicy(Policy):
         self.vector = nn.Parameter(torch.rand(intermediate_size, generator=generator))
 
     @staticmethod
-    def features(matrix: Tensor) -> Tensor:
-        return matrix
+    def describe(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        return matrix, _roots(torch.linalg.eigvalsh(gram)[-min(matrix.shape) :])
 
     def forward(self, features: Tensor) -> Tensor:
         # (W A^T + b) r of the published code, evaluated as W (A^T r) + b.r: no (F, F) product.
-        return features @ (self.map.T @ self.vector) + self.bias @ self.vector  # (F, D) -> (F)
+        direction = self.map.T @ self.vector
+        return features.to(self.dtype) @ direction + self.bias @ self.vector  # (F, D) -> (F)
 
 
 class SpectralPolicy(Policy):
-    """One weight per band of the spectrum, shared by all layers. It sees a row's standardised shares in the bands."""
+    """One weight per band of the spectrum, shared by all layers. It sees a row's standardised shares in the bands.
+
+    It starts with equal weights, which rank rows by their leverage score.
+    """
 
     def __init__(self, intermediate_size: int, hidden_size: int, generator: torch.Generator):
         super().__init__()
         num_bands = min(NUM_BANDS, intermediate_size, hidden_size)
-        self.weights = nn.Parameter((2 * torch.rand(num_bands, generator=generator) - 1) * num_bands**-0.5)
+        self.weights = nn.Parameter(torch.full((num_bands,), num_bands**-0.5))
 
     @staticmethod
-    def features(matrix: Tensor) -> Tensor:
-        shares = spectral_shares(matrix, min(NUM_BANDS, *matrix.shape))
-        return (shares - shares.mean(dim=0)) / shares.std(dim=0, correction=0).clamp_min(1e-12)
+    def describe(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(gram)  # ascending
+        values, vectors = values[-min(matrix.shape) :], vectors[:, -min(matrix.shape) :]
+        shares = spectral_shares(matrix, values, vectors, min(NUM_BANDS, *matrix.shape))
+        features = (shares - shares.mean(dim=0)) / shares.std(dim=0, correction=0).clamp_min(1e-12)
+        return features, _roots(values)
 
     def forward(self, features: Tensor) -> Tensor:
-        return features @ self.weights  # (F, B) -> (F)
+        return features.to(self.dtype) @ self.weights  # (F, B) -> (F)
 
 
-def spectral_shares(matrix: Tensor, num_bands: int) -> Tensor:
+def spectral_shares(matrix: Tensor, values: Tensor, vectors: Tensor, num_bands: int) -> Tensor:
     """How much each row carries of every band of the matrix's spectrum, relative to the average row: (F, D) -> (F, B).
 
-    With W = U S V^T, the share of row j in a band is the mean of F * U[j, i]^2 over the band's singular values i; over
-    all bands together it is the row's leverage score. It ignores the row's sign, the matrix's scale, and any rotation
-    of the hidden space, as the singular values do, so that one policy can serve all layers.
+    `values` and `vectors` are those of W^T W that W = U S V^T has, ascending. The share of row j in a band is the mean
+    of F * U[j, i]^2 over the band's singular values i; over all bands together it is the row's leverage score. It
+    ignores the row's sign, the matrix's scale, and any rotation of the hidden space, as the singular values do, so that
+    one policy can serve all layers.
     """
-    num_rows, num_columns = matrix.shape
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)  # ascending
-    values, vectors = values[-min(num_rows, num_columns) :], vectors[:, -min(num_rows, num_columns) :]
     alive = values > _noise_floor(values)  # a direction that the matrix lacks has no share in anything
-    left = matrix @ (vectors * torch.where(alive, values, 1).rsqrt() * alive)  # (F, D) -> (F, min(F, D)), columns of U
-    bands = left.square_().tensor_split(num_bands, dim=1)
-    return torch.stack([num_rows * band.mean(dim=1) for band in bands], dim=1)
+    weights = matrix.shape[0] * alive / torch.where(alive, values, 1)
+    parts = []
+    for chunk in _chunks(matrix, values.dtype):
+        squares = (chunk @ vectors).square_().mul_(weights)  # F * U^2: (chunk, D) -> (chunk, min(F, D))
+        parts.append(torch.stack([band.mean(dim=1) for band in squares.tensor_split(num_bands, dim=1)], dim=1))
+    return torch.cat(parts)
 
 
 # Rewards
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """All min(F, D) singular values, ascending, as float32, from the eigenvalues of the smaller Gram matrix.
+    """All min(F, D) singular values, ascending, from the eigenvalues of the smaller Gram matrix.
 
-    In float64 that is as good as the SVD for this purpose (errors below 1e-7 of the largest value, where KS only asks
-    for their order), at 0.6 times its cost; a float32 SVD would cost more than the float64 Gram matrix.
+    Squaring costs half of the digits (KS only asks for the values' order), and takes 0.6 times as long as the SVD.
     """
-    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
-    return _roots(torch.linalg.eigvalsh(gram))
+    narrow = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    return _roots(torch.linalg.eigvalsh(gram_matrix(narrow, matrix.dtype)))
+
+
+def gram_matrix(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """W^T W, computed in `dtype`: its lower triangle, which is all that eigh and eigvalsh read."""
+    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=dtype)
+    for chunk in _chunks(matrix, dtype):
+        _add_gram(gram, chunk)
+    return gram
 
 
 def ks_distance(spectrum_a: Tensor, spectrum_b: Tensor) -> float:
@@ -236,32 +276,42 @@ def ks_reward(ks: float, num_values: int) -> float:
     return 1 / max(ks, 0.5 / num_values)
 
 
-def _exact_distance(matrix: Tensor, spectrum: Tensor) -> Distance:
+def _exact_distance(matrix: Tensor, gram: Tensor, spectrum: Tensor) -> Distance:
     """As published: the singular values of the slice."""
-    return lambda rows: ks_distance(spectrum, singular_values(matrix[rows]))
+    return lambda rows: ks_distance(spectrum, singular_values(matrix[rows].to(gram.dtype)))
 
 
-def _gram_distance(matrix: Tensor, spectrum: Tensor) -> Distance:
+def _gram_distance(matrix: Tensor, gram: Tensor, spectrum: Tensor) -> Distance:
     """The same up to rounding, from W^T W minus the Gram matrix of the removed rows: cheaper when few are removed."""
-    gram = matrix.T @ matrix
 
     def distance(rows: Tensor) -> float:
         removed = torch.ones(matrix.shape[0], dtype=torch.bool)
         removed[rows] = False
-        gone = matrix[removed]
-        values = torch.linalg.eigvalsh(gram - gone.T @ gone)[-min(rows.numel(), matrix.shape[1]) :]
-        return ks_distance(spectrum, _roots(values))
+        rest = _add_gram(gram.clone(), matrix[removed].to(gram.dtype), alpha=-1)
+        return ks_distance(spectrum, _roots(torch.linalg.eigvalsh(rest)[-min(rows.numel(), matrix.shape[1]) :]))
 
     return distance
 
 
-REWARDS: dict[str, Callable[[Tensor, Tensor], Distance]] = {"exact": _exact_distance, "gram": _gram_distance}
+REWARDS: dict[str, Callable[[Tensor, Tensor, Tensor], Distance]] = {"exact": _exact_distance, "gram": _gram_distance}
+
+
+def _add_gram(gram: Tensor, rows: Tensor, alpha: float = 1) -> Tensor:
+    for start in range(0, gram.shape[0], _BLOCK_COLUMNS):
+        block = slice(start, start + _BLOCK_COLUMNS)
+        gram[start:, block].addmm_(rows[:, start:].T, rows[:, block], alpha=alpha)
+    return gram
+
+
+def _chunks(matrix: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    return (chunk.to(dtype) for chunk in matrix.split(_CHUNK_ROWS))
 
 
 def _roots(eigenvalues: Tensor) -> Tensor:
-    # Rounding must not decide an order: what is numerically zero is zero, and float32 merges what differs by rounding.
-    eigenvalues = torch.where(eigenvalues > _noise_floor(eigenvalues), eigenvalues, 0)
-    return eigenvalues.sqrt().float()
+    # Rounding must not decide an order: what is numerically zero is zero, and of the others' digits one half is kept.
+    mantissa, exponent = torch.frexp(torch.where(eigenvalues > _noise_floor(eigenvalues), eigenvalues, 0).sqrt())
+    digits = torch.finfo(eigenvalues.dtype).eps ** -0.5
+    return torch.ldexp((mantissa * digits).round() / digits, exponent)
 
 
 def _noise_floor(eigenvalues: Tensor) -> Tensor:
@@ -273,10 +323,8 @@ def _noise_floor(eigenvalues: Tensor) -> Tensor:
 
 def _train_spectral(policy, optimizer, layers, episode, discount, num_samples) -> list["_Choice"]:
     """One REINFORCE step: the policy is fixed over the sweep, every layer is drawn several times and read once."""
-    objective = torch.zeros((), dtype=policy.dtype)
 
-    def step(visit: _Visit) -> _Choice:
-        nonlocal objective
+    def step(visit: _Visit) -> tuple[_Choice, Tensor]:
         scores = policy(visit.features)
         paths = [(layers.seed, episode, visit.layer, sample) for sample in range(num_samples)]
         draws = [layers.choose(visit, _with_relaxed_bernoulli_noise(scores, *path)) for path in paths]
@@ -284,40 +332,40 @@ def _train_spectral(policy, optimizer, layers, episode, discount, num_samples) -
         # score function of the draw is sum_j (kept_j - p_j) d score_j (Pareto sampling, Rosen 1997). The baseline is
         # the mean of the layer's other draws; the advantages then sum to zero, and p drops out.
         total = sum(draw.reward for draw in draws)
-        for draw in draws:
-            advantage = (draw.reward - (total - draw.reward) / (num_samples - 1)) / num_samples
-            objective = objective + discount**visit.layer * advantage * scores[draw.rows].sum()
-        return layers.choose(visit, scores)
+        advantages = [(draw.reward - (total - draw.reward) / (num_samples - 1)) / num_samples for draw in draws]
+        gains = [advantage * scores[draw.rows].sum() for advantage, draw in zip(advantages, draws, strict=True)]
+        return layers.choose(visit, scores), torch.stack(gains).sum()
 
-    choices = layers.sweep(step)
-    _ascend(policy, optimizer, objective / len(choices))
-    return choices
+    choices, objectives = zip(*layers.sweep(step, layers.training), strict=True)
+    discounts = discount ** torch.arange(len(objectives), dtype=policy.dtype)
+    _ascend(policy, optimizer, (discounts * torch.stack(objectives)).mean())
+    return list(choices)
 
 
 def _train_paper(policy, optimizer, layers, episode, discount, num_samples) -> list["_Choice"]:
     """The published episode: one draw per layer with the policy fixed, then one step per layer, in order."""
-    draws: list[_Choice] = []
 
     @torch.no_grad()
-    def draw(visit: _Visit) -> _Choice:
+    def draw(visit: _Visit) -> tuple[_Choice, _Choice]:
         path = (layers.seed, episode, visit.layer)
         scores = policy(visit.features)
         # log(alpha) - log(1 - alpha) of the published code is the score itself, without its NaN when alpha is 1.
         keep = nn.functional.logsigmoid(_with_relaxed_bernoulli_noise(scores, *path, "noise"))
         # K rows in proportion to keep, without replacement, are the top K under Gumbel noise.
         gumbel = -torch.log(-torch.log(_uniform(keep.numel(), *path, "draw")))
-        draws.append(layers.choose(visit, keep + gumbel.to(keep.dtype)))
-        return layers.choose(visit, scores)
+        return layers.choose(visit, scores), layers.choose(visit, keep + gumbel.to(keep.dtype))
+
+    choices, draws = zip(*layers.sweep(draw, layers.training), strict=True)
 
     def step(visit: _Visit) -> None:
+        at = layers.training.index(visit.layer)
         path = (layers.seed, episode, visit.layer)
         keep = nn.functional.logsigmoid(_with_relaxed_bernoulli_noise(policy(visit.features), *path, "loss"))
-        drawn = draws[visit.layer]
-        _ascend(policy, optimizer, keep[drawn.rows].sum() * discount**visit.layer * drawn.reward)
+        _ascend(policy, optimizer, keep[draws[at].rows].sum() * discount**at * draws[at].reward)
 
-    choices = layers.sweep(draw)
-    layers.sweep(step)
-    return choices
+    for layer in layers.training:  # one after the other: each finds the policy that the one before has left
+        layers.sweep(step, [layer])
+    return list(choices)
 
 
 @dataclass(frozen=True)
@@ -356,11 +404,13 @@ def _generator(*path: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-# The layers, one matrix in memory at a time
+# The layers
 
 
 @dataclass(frozen=True)
 class _Visit:
+    """A layer while its matrix is in memory."""
+
     layer: int
     features: Tensor
     distance: Distance
@@ -376,69 +426,80 @@ class _Choice:
 
 
 class _Layers:
-    """Reads matrices; remembers of each only its spectrum and, where they are small, the policy's features."""
+    """Reads matrices, one per worker; remembers of the training layers what was computed, but not the matrix."""
 
-    def __init__(self, read_matrix, num_layers, num_keep, policy_type, prepare_distance, dtype, seed):
-        self.read_matrix, self.num_layers, self.num_keep = read_matrix, num_layers, num_keep
-        self.policy_type, self.prepare_distance, self.dtype, self.seed = policy_type, prepare_distance, dtype, seed
-        self.shape: tuple[int, int] = (0, 0)
-        self.on_visit: Callable[[int], None] | None = None
-        self._num_visits = 0
-        self._spectra: dict[int, Tensor] = {}
-        self._features: dict[int, Tensor] = {}
+    def __init__(self, read_matrix, training, num_keep, policy_type, prepare_distance, dtype, seed, workers, on_visit):
+        self.training, self.seed = training, seed
+        self.shape: tuple[int, int] = tuple(read_matrix(0).shape)
+        if not 1 <= num_keep <= self.shape[0]:
+            raise EvlaError(f"Cannot keep {num_keep} of {self.shape[0]} MLP rows.")
+        self._read_matrix, self._num_keep, self._dtype = read_matrix, num_keep, dtype
+        self._policy_type, self._prepare_distance = policy_type, prepare_distance
+        self._workers, self._on_visit, self._num_visits = workers, on_visit, 0
+        self._known: dict[int, tuple[Tensor | None, Tensor, Tensor]] = {}
 
-    def sweep(self, step: Callable[[_Visit], Any]) -> list[Any]:
+    def sweep(self, step: Callable[[_Visit], Result], layers: Iterable[int]) -> list[Result]:
         results = []
-        for layer in range(self.num_layers):
-            results.append(step(self._visit(layer)))  # the visit, and with it the matrix, ends with the call
+        for result in self._workers.imap(lambda layer: step(self._visit(layer)), layers):
+            results.append(result)
             self._num_visits += 1
-            if self.on_visit is not None:
-                self.on_visit(self._num_visits)
+            if self._on_visit is not None:
+                self._on_visit(self._num_visits)
         return results
 
     def choose(self, visit: _Visit, scores: Tensor) -> _Choice:
-        rows = top_rows(scores.detach(), self.num_keep)
-        ks = visit.distance(rows)
+        rows = top_rows(scores.detach(), self._num_keep)
+        ks = visit.distance(rows) if self._num_keep < self.shape[0] else 0.0
         removed = 1 - float(visit.energy[rows].sum() / visit.energy.sum())
         return _Choice(rows, ks, max(removed, 0.0) ** 0.5, ks_reward(ks, min(self.shape)))
 
-    def reference_rows(self) -> tuple[list[_Choice], list[_Choice]]:
-        """Uniformly random rows, and the rows of largest norm."""
-
-        def both(visit: _Visit) -> tuple[_Choice, _Choice]:
-            noise = _uniform(visit.energy.numel(), self.seed, "random", visit.layer)
-            return self.choose(visit, noise), self.choose(visit, visit.energy)
-
-        pairs = self.sweep(both)
-        return [random for random, _ in pairs], [magnitude for _, magnitude in pairs]
-
     def _visit(self, layer: int) -> _Visit:
-        matrix = self.read_matrix(layer).to(self.dtype)
-        if layer == 0 and not self._spectra:
-            self.shape = (matrix.shape[0], matrix.shape[1])
-            if not 1 <= self.num_keep <= matrix.shape[0]:
-                raise EvlaError(f"Cannot keep {self.num_keep} of {matrix.shape[0]} MLP rows.")
+        matrix = self._read_matrix(layer)
         if matrix.shape != self.shape:
             raise EvlaError(
                 f"PruneNet trains one policy for matrices of one shape; layer {layer} has {tuple(matrix.shape)}, "
                 f"layer 0 has {self.shape}."
             )
-        energy = matrix.square().sum(dim=1, dtype=torch.float64)
+        chunks = _chunks(matrix, torch.promote_types(matrix.dtype, torch.float32))
+        energy = torch.cat([chunk.square().sum(dim=1, dtype=torch.float64) for chunk in chunks])
         if not bool(torch.isfinite(energy).all()) or not bool(energy.any()):
             raise EvlaError(f"The MLP matrix of layer {layer} holds NaN or infinite values, or only zeros.")
-        if layer not in self._spectra:
-            self._spectra[layer] = singular_values(matrix)
-        features = self._features.get(layer)
-        if features is None:
-            features = self.policy_type.features(matrix)
-            if features is not matrix:
-                self._features[layer] = features
-        return _Visit(layer, features, self.prepare_distance(matrix, self._spectra[layer]), energy)
+        features, spectrum, gram = self._known.get(layer) or _describe(self._policy_type, matrix, self._dtype)
+        if layer in self.training:
+            self._known[layer] = (None if features is matrix else features, spectrum, gram)
+        features = matrix if features is None else features
+        return _Visit(layer, features, self._prepare_distance(matrix, gram, spectrum), energy)
 
 
-def _quality(sweep: list[_Choice]) -> RowQuality:
+def _describe(policy_type: type[Policy], matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, singular values and Gram matrix; in float64 where `dtype` cannot tell the smallest values from zero."""
+    gram = gram_matrix(matrix, dtype)
+    features, spectrum = policy_type.describe(matrix, gram)
+    if dtype != torch.float64 and not bool(spectrum.all()):
+        return _describe(policy_type, matrix, torch.float64)
+    return features, spectrum, gram
+
+
+def _spread(num_layers: int, num_chosen: int) -> tuple[int, ...]:
+    """The middle layers of `num_chosen` equal parts."""
+    num_chosen = min(num_chosen, num_layers)
+    return tuple((2 * part + 1) * num_layers // (2 * num_chosen) for part in range(num_chosen))
+
+
+@contextmanager
+def _single_threaded() -> Iterator[int]:
+    """No operation is split over threads: that would change the order of sums. Yields how many threads there were."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield num_threads
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _quality(sweep: Sequence[_Choice]) -> RowQuality:
     return RowQuality(tuple(choice.ks for choice in sweep), tuple(choice.frobenius_error for choice in sweep))
 
 
-def _mean_reward(sweep: list[_Choice]) -> float:
+def _mean_reward(sweep: Sequence[_Choice]) -> float:
     return sum(choice.reward for choice in sweep) / len(sweep)
