@@ -87,6 +87,13 @@ def test_magnitude_keeps_the_largest_products_of_norms():
     assert rows.tolist() == expected
 
 
+def test_magnitude_leaves_the_weights_as_they_are():
+    weights = [weight.double() for weight in mlp()]  # the dtype that norms are computed in: a view would be enough
+    before = [weight.clone() for weight in weights]
+    select_rows_magnitude(*weights, 7)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
 def test_magnitude_looks_at_all_three_matrices():
     for which, dim in ((0, 0), (1, 0), (2, 1)):
         weights = [torch.ones(4, 2), torch.ones(4, 2), torch.ones(2, 4)]

@@ -189,7 +189,7 @@ def test_published_policy_is_evaluated_without_the_square_product():
     policy = PruneNetPolicy(rows, columns, seeded()).double()
     matrix = matrices(1, rows, columns)[0].double()
     with LargestResult() as watched, torch.no_grad():
-        scores = policy(policy.describe(matrix, gram_matrix(matrix, matrix.dtype))[0])
+        scores = policy(policy.features_and_spectrum(matrix, gram_matrix(matrix, matrix.dtype))[0])
     assert watched.largest <= rows * columns  # the published order makes a (rows, rows) product
 
     published = (matrix @ policy.map.T + policy.bias) @ policy.vector
@@ -222,7 +222,7 @@ def test_spectral_policy_sees_what_the_spectrum_sees():
 def test_spectral_policy_takes_any_shape_and_missing_directions(shape):
     matrix = torch.randn(shape, generator=seeded())
     matrix[:, -1] = 0 if shape[1] > 1 else 1
-    features, _ = SpectralPolicy.describe(matrix, gram_matrix(matrix, torch.float64))
+    features, _ = SpectralPolicy.features_and_spectrum(matrix, gram_matrix(matrix, torch.float64))
     scores = SpectralPolicy(*shape, seeded())(features)
     assert scores.shape == shape[:1]
     assert bool(torch.isfinite(scores).all())
@@ -363,6 +363,24 @@ def test_one_matrix_is_in_memory_at_a_time(variant):
 
     train_policy(read, 3, 16, episodes=2, variant=variant)
     assert most == 0  # every earlier one is gone when the next is read
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matrices_are_not_written_to(variant):
+    for dtype in (torch.float32, torch.float64):  # those that are computed in: a view would be enough
+        layers = [matrix.to(dtype) for matrix in matrices()]
+        before = [matrix.clone() for matrix in layers]
+        train_policy(layers.__getitem__, 3, 16, episodes=2, variant=variant, dtype=dtype)
+        assert all(torch.equal(a, b) for a, b in zip(layers, before, strict=True))
+
+
+def test_failure_in_a_worker_is_the_callers_and_leaves_torch_as_it_was():
+    torch.set_num_threads(2)
+    layers = matrices()
+    layers[1][3, 2] = float("nan")
+    with pytest.raises(EvlaError, match="layer 1"):
+        train_policy(layers.__getitem__, 3, 16)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -44,7 +44,7 @@ def select_rows_magnitude(gate: Tensor, up: Tensor, down: Tensor, num_keep: int)
     |silu(g.x) (u.x)| |d| <= |g| |u| |d|; it does not change when scale moves between up and down.
     """
     # gate, up (F, D), down (D, F) -> (F)
-    norms = (_row_norms(gate), _row_norms(up), _column_norms(down))
+    norms = (row_norms(gate), row_norms(up), _column_norms(down))
     scores = norms[0] * norms[1] * norms[2]
     if not bool(torch.isfinite(scores).all()):
         raise EvlaError("The MLP weights hold NaN or infinite values; rows cannot be ranked by magnitude.")
@@ -82,14 +82,14 @@ def slice_columns(down: Tensor, keep: Tensor) -> Tensor:
 # Both in float64 and in pieces that stay in the cache: ten times as fast as `matrix.double().norm()`.
 
 
-def _row_norms(matrix: Tensor) -> Tensor:
-    return torch.cat([piece.double().square_().sum(dim=1) for piece in matrix.split(64)]).sqrt()
+def row_norms(matrix: Tensor) -> Tensor:
+    return torch.cat([piece.double().square().sum(dim=1) for piece in matrix.split(64)]).sqrt()
 
 
 def _column_norms(matrix: Tensor) -> Tensor:
     squares = torch.zeros(matrix.shape[1], dtype=torch.float64)
     for piece in matrix.split(64):
-        squares += piece.double().square_().sum(dim=0)
+        squares += piece.double().square().sum(dim=0)
     return squares.sqrt()
 
 

@@ -17,6 +17,7 @@ Letters: L layers, F intermediate size, D hidden size, K rows kept, B spectral b
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from evla_cli.errors import EvlaError, suggest
+from evla_cli.methods.mlp_pruning import row_norms
 
 Distance = Callable[[Tensor], float]  # kept rows (K) -> KS statistic against the whole matrix
 Result = TypeVar("Result")
@@ -92,7 +94,7 @@ def train_policy(
     num_keep: int,
     *,
     num_training_layers: int = 8,
-    episodes: int = 5,
+    episodes: int = 4,
     discount: float = 0.99,
     learning_rate: float | None = None,
     seed: int = 0,
@@ -155,8 +157,17 @@ def train_policy(
 def select_rows(policy: "Policy", gate: Tensor, num_keep: int) -> Tensor:
     """The policy's top rows of one matrix, ascending: no sampling, so two runs agree."""
     with torch.no_grad(), _single_threaded():
-        features, _, _ = _describe(type(policy), gate, policy.dtype)
+        features, _, _ = describe(type(policy), gate, policy.dtype)
         return top_rows(policy(features), num_keep)
+
+
+def describe(policy_type: type["Policy"], matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, singular values and Gram matrix; in float64 where `dtype` cannot tell the smallest values from zero."""
+    gram = gram_matrix(matrix, dtype)
+    features, spectrum = policy_type.features_and_spectrum(matrix, gram)
+    if dtype != torch.float64 and not bool(spectrum.all()):
+        return describe(policy_type, matrix, torch.float64)
+    return features, spectrum, gram
 
 
 def top_rows(scores: Tensor, num_keep: int) -> Tensor:
@@ -177,7 +188,7 @@ class Policy(nn.Module):
         return next(self.parameters()).dtype
 
     @staticmethod
-    def describe(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_spectrum(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         """The features of a matrix and its singular values, given its `gram_matrix`, in the latter's precision."""
         raise NotImplementedError
 
@@ -193,7 +204,7 @@ class PruneNetPolicy(Policy):
         self.vector = nn.Parameter(torch.rand(intermediate_size, generator=generator))
 
     @staticmethod
-    def describe(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_spectrum(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         return matrix, _roots(torch.linalg.eigvalsh(gram)[-min(matrix.shape) :])
 
     def forward(self, features: Tensor) -> Tensor:
@@ -214,7 +225,7 @@ class SpectralPolicy(Policy):
         self.weights = nn.Parameter(torch.full((num_bands,), num_bands**-0.5))
 
     @staticmethod
-    def describe(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_spectrum(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(gram)  # ascending
         values, vectors = values[-min(matrix.shape) :], vectors[:, -min(matrix.shape) :]
         shares = spectral_shares(matrix, values, vectors, min(NUM_BANDS, *matrix.shape))
@@ -248,7 +259,7 @@ def spectral_shares(matrix: Tensor, values: Tensor, vectors: Tensor, num_bands: 
 def singular_values(matrix: Tensor) -> Tensor:
     """All min(F, D) singular values, ascending, from the eigenvalues of the smaller Gram matrix.
 
-    Squaring costs half of the digits (KS only asks for the values' order), and takes 0.6 times as long as the SVD.
+    Squaring halves the range that is resolved (see `describe`), and takes 0.6 times as long as the SVD.
     """
     narrow = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     return _roots(torch.linalg.eigvalsh(gram_matrix(narrow, matrix.dtype)))
@@ -308,10 +319,10 @@ def _chunks(matrix: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _roots(eigenvalues: Tensor) -> Tensor:
-    # Rounding must not decide an order: what is numerically zero is zero, and of the others' digits one half is kept.
+    # Rounding must not decide an order: what is numerically zero is zero, and two thirds of the digits count.
     mantissa, exponent = torch.frexp(torch.where(eigenvalues > _noise_floor(eigenvalues), eigenvalues, 0).sqrt())
-    digits = torch.finfo(eigenvalues.dtype).eps ** -0.5
-    return torch.ldexp((mantissa * digits).round() / digits, exponent)
+    steps = 2 ** round(-math.log2(torch.finfo(eigenvalues.dtype).eps) * 2 / 3)
+    return torch.ldexp((mantissa * steps).round() / steps, exponent)
 
 
 def _noise_floor(eigenvalues: Tensor) -> Tensor:
@@ -418,6 +429,16 @@ class _Visit:
 
 
 @dataclass(frozen=True)
+class _Known:
+    """What stays of a training layer when its matrix is gone."""
+
+    features: Tensor | None  # None where they are the matrix
+    spectrum: Tensor
+    gram: Tensor
+    energy: Tensor
+
+
+@dataclass(frozen=True)
 class _Choice:
     rows: Tensor
     ks: float
@@ -426,7 +447,7 @@ class _Choice:
 
 
 class _Layers:
-    """Reads matrices, one per worker; remembers of the training layers what was computed, but not the matrix."""
+    """Reads matrices, one per worker; remembers of the training layers what was computed."""
 
     def __init__(self, read_matrix, training, num_keep, policy_type, prepare_distance, dtype, seed, workers, on_visit):
         self.training, self.seed = training, seed
@@ -436,7 +457,7 @@ class _Layers:
         self._read_matrix, self._num_keep, self._dtype = read_matrix, num_keep, dtype
         self._policy_type, self._prepare_distance = policy_type, prepare_distance
         self._workers, self._on_visit, self._num_visits = workers, on_visit, 0
-        self._known: dict[int, tuple[Tensor | None, Tensor, Tensor]] = {}
+        self._known: dict[int, _Known] = {}
 
     def sweep(self, step: Callable[[_Visit], Result], layers: Iterable[int]) -> list[Result]:
         results = []
@@ -460,24 +481,18 @@ class _Layers:
                 f"PruneNet trains one policy for matrices of one shape; layer {layer} has {tuple(matrix.shape)}, "
                 f"layer 0 has {self.shape}."
             )
-        chunks = _chunks(matrix, torch.promote_types(matrix.dtype, torch.float32))
-        energy = torch.cat([chunk.square().sum(dim=1, dtype=torch.float64) for chunk in chunks])
+        known = self._known.get(layer) or self._inspect(layer, matrix)
+        if layer in self.training:
+            self._known[layer] = known
+        features = matrix if known.features is None else known.features
+        return _Visit(layer, features, self._prepare_distance(matrix, known.gram, known.spectrum), known.energy)
+
+    def _inspect(self, layer: int, matrix: Tensor) -> _Known:
+        energy = row_norms(matrix).square()
         if not bool(torch.isfinite(energy).all()) or not bool(energy.any()):
             raise EvlaError(f"The MLP matrix of layer {layer} holds NaN or infinite values, or only zeros.")
-        features, spectrum, gram = self._known.get(layer) or _describe(self._policy_type, matrix, self._dtype)
-        if layer in self.training:
-            self._known[layer] = (None if features is matrix else features, spectrum, gram)
-        features = matrix if features is None else features
-        return _Visit(layer, features, self._prepare_distance(matrix, gram, spectrum), energy)
-
-
-def _describe(policy_type: type[Policy], matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, singular values and Gram matrix; in float64 where `dtype` cannot tell the smallest values from zero."""
-    gram = gram_matrix(matrix, dtype)
-    features, spectrum = policy_type.describe(matrix, gram)
-    if dtype != torch.float64 and not bool(spectrum.all()):
-        return _describe(policy_type, matrix, torch.float64)
-    return features, spectrum, gram
+        features, spectrum, gram = describe(self._policy_type, matrix, self._dtype)
+        return _Known(None if features is matrix else features, spectrum, gram, energy)
 
 
 def _spread(num_layers: int, num_chosen: int) -> tuple[int, ...]:
