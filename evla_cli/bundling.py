@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, differing_files, open_bundle, write_manifest
+from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, differing_files, open_bundle, open_manifest, write_manifest
 from evla_cli.checkpoint.files import copy_file, write_json, write_text, write_yaml
 from evla_cli.checkpoint.tensors import load_finite, total_bytes, total_elements
 from evla_cli.errors import CheckFailed, EvlaError
@@ -18,9 +18,14 @@ from evla_cli.settings import InferenceSettings, PruneRecipe
 
 
 def write_bundle_files(
-    checkpoint: Checkpoint, dest: Path, settings: InferenceSettings, dtype: str | None, shard_bytes: int
+    checkpoint: Checkpoint,
+    dest: Path,
+    settings: InferenceSettings,
+    dtype: str | None,
+    shard_bytes: int,
+    hashes: dict[str, str],
 ) -> None:
-    """Everything in a bundle but the weights; the manifest last, since it hashes the rest."""
+    """Everything in a bundle but the weights, whose `hashes` are known; the manifest last, since it lists the rest."""
     assert checkpoint.tokenizer_dir is not None
     write_json(dest / "config.json", checkpoint.config)
     write_yaml(dest / SETTINGS, settings.to_record(), "How evla's runtime runs this model; every key: docs/files.md.")
@@ -34,18 +39,19 @@ def write_bundle_files(
         plan = PrunePlan.load(dest / PLAN)
     write_text(dest / "README.md", _readme(checkpoint, settings))
     export = {"dtype": dtype, "max_shard_size": str(shard_bytes)}
-    write_manifest(dest, _provenance(checkpoint, plan, export))
+    write_manifest(dest, provenance(checkpoint, plan, export), hashes)
 
 
-def _provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str, Any]) -> dict[str, Any]:
-    """Where a bundle comes from: hashes instead of paths, and the options of every stage under a recipe's keys."""
+def provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Where files come from: hashes instead of paths, and the options of every stage under a recipe's keys."""
     source = {
         "family": checkpoint.family.name,
         "layout": checkpoint.layout,
         "checkpoint_sha256": checkpoint.reader.sha256,
     }
+    exported = {} if export is None else {"export": export}
     if plan is None:
-        return {"source": source, "plan": None, "recipe": {"export": export}}
+        return {"source": source, "plan": None, "recipe": exported}
     decided = {
         "checkpoint_sha256": plan.checkpoint_sha256,
         "samples_sha256": plan.how.get("samples_sha256"),
@@ -55,13 +61,14 @@ def _provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str
     recipe: dict[str, Any] = {"analyze": plan.how["analyze"]} if plan.how.get("analyze") else {}
     options = {field.name: plan.how.get(field.name) for field in fields(PruneRecipe)}
     recipe["prune"] = {name: value for name, value in options.items() if value is not None}  # no method: none was used
-    return {"source": source, "plan": decided, "recipe": recipe | {"export": export}}
+    return {"source": source, "plan": decided, "recipe": recipe | exported}
 
 
 def verify_bundle(root: Path) -> dict[str, Any]:
-    """All that can be wrong with a bundle: files and hashes, weights against the model, settings against both.
+    """All that can be wrong with a bundle or a pruned checkpoint: files and hashes, weights against the model, and a
+    bundle's settings against both.
 
-    Errors: CheckFailed for whatever is wrong; EvlaError where there is no bundle to check.
+    Errors: CheckFailed for whatever is wrong; EvlaError where there is nothing to check.
     """
     if not (root / MANIFEST).is_file():
         raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
@@ -72,12 +79,16 @@ def verify_bundle(root: Path) -> dict[str, Any]:
 
 
 def _check_bundle(root: Path) -> dict[str, Any]:
-    bundle = open_bundle(root)
+    bundle = open_manifest(root)
     changed = differing_files(bundle)
     if changed:
         raise EvlaError(f"{root}: {len(changed)} files differ from the manifest (first: {changed[0]}).")
     checkpoint = open_checkpoint(root)
-    check_export(checkpoint, InferenceSettings.load(root / SETTINGS))
+    if checkpoint.layout == "bundle":
+        open_bundle(root)
+        check_export(checkpoint, InferenceSettings.load(root / SETTINGS))
+    else:
+        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, root)
     with progress_bar("verifying", len(checkpoint.weights), "tensor") as bar:
         for name, lazy in checkpoint.weights.items():
             load_finite(name, lazy)

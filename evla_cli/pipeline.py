@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
+from evla_cli.bundling import check_export, provenance, verify_bundle, write_bundle_files
 from evla_cli.calibration import decode_image, load_samples, samples_sha256
+from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
 from evla_cli.checkpoint.reader import CheckpointReader
@@ -188,9 +189,10 @@ def prune(
         plan, pruned = decide()
         check_space(staging, total_bytes(pruned))
         with _byte_progress("writing", pruned, reader) as on_bytes:
-            checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
+            hashes = checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
         plan = identified(plan)
         write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
+        write_manifest(staging, provenance(checkpoint, plan), hashes)
         reader.check_unchanged()
     return _result(plan, reader.tensors, pruned)
 
@@ -354,8 +356,8 @@ def export(
             weights = {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
         check_space(staging, total_bytes(weights))
         with progress_bar("exporting", total_bytes(weights), "B") as bar:
-            write_huggingface_weights(staging, weights, shard_bytes, bar.update)
-        write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes)
+            hashes = write_huggingface_weights(staging, weights, shard_bytes, bar.update)
+        write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
         facts = verify_bundle(staging)
         checkpoint.reader.check_unchanged()
     return facts

@@ -1,5 +1,6 @@
-"""The layout of an exported bundle, and its manifest: every file with size and SHA-256."""
+"""The layout of an exported bundle, and the manifest of what evla writes: every file with size and SHA-256."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ REQUIRED = ("config.json", SETTINGS, "tokenizer.json", "dataset_statistics.json"
 
 @dataclass(frozen=True)
 class Bundle:
-    """An exported directory whose manifest has been read."""
+    """A directory that export or prune wrote, whose manifest has been read."""
 
     root: Path
     manifest: dict[str, Any]
@@ -32,18 +33,28 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("numpy", "torch", "transformers")}
 
 
-def write_manifest(root: Path, provenance: dict[str, Any]) -> None:
-    """Hash every file under `root`. No time, user or path goes in: the same content gives the same manifest."""
+def write_manifest(root: Path, provenance: dict[str, Any], hashes: Mapping[str, str]) -> None:
+    """Every file under `root`; those not in `hashes` are read. No time, user or path goes in: the same content gives
+    the same manifest."""
     files = {}
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             name = path.relative_to(root).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256_file(path)}
     versions = {"evla_version": __version__, "libraries": library_versions()}
     write_json(root / MANIFEST, {"schema_version": SCHEMA_VERSION, **versions, **provenance, "files": files})
 
 
 def open_bundle(root: Path) -> Bundle:
+    """`open_manifest` of what export wrote."""
+    bundle = open_manifest(root)
+    unlisted = [name for name in REQUIRED if name not in bundle.files]
+    if unlisted:
+        raise EvlaError(f"{root / MANIFEST} does not list {unlisted[0]}, which every bundle has.")
+    return bundle
+
+
+def open_manifest(root: Path) -> Bundle:
     """Read the manifest and check, cheaply, that every file is there with its size."""
     if not (root / MANIFEST).is_file():
         raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
@@ -58,16 +69,13 @@ def open_bundle(root: Path) -> Bundle:
         for entry in files.values()
     ):
         raise EvlaError(f"{root / MANIFEST} does not list its files with bytes and sha256.")
-    unlisted = [name for name in REQUIRED if name not in files]
-    if unlisted:
-        raise EvlaError(f"{root / MANIFEST} does not list {unlisted[0]}, which every bundle has.")
     for name, entry in files.items():
         path = inside(root, name, str(root / MANIFEST))
         if not path.is_file():
-            raise EvlaError(f"{root} lacks {name}, which its manifest lists; copy the bundle again.")
+            raise EvlaError(f"{root} lacks {name}, which its manifest lists; copy it again.")
         if path.stat().st_size != entry["bytes"]:
             raise EvlaError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; copy the bundle again."
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; copy it again."
             )
     return Bundle(root, manifest)
 

@@ -3,6 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
+from evla_cli.checkpoint.bundle import MANIFEST, open_manifest
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
 
@@ -14,12 +15,17 @@ FAMILIES = {
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at `path`: a directory, or CogACT's `<RUN>/checkpoints/<name>.pt`."""
+    """Open the checkpoint at `path`: a directory, or CogACT's `<RUN>/checkpoints/<name>.pt`.
+
+    Errors: it is none, or files that its manifest lists (if evla wrote it) are missing or of another size.
+    """
     if not path.exists():
         raise EvlaError(f"{path} does not exist.")
     for module in FAMILIES.values():
         checkpoint = import_module(module).open_checkpoint(path)
         if checkpoint is not None:
+            if (checkpoint.root / MANIFEST).is_file():
+                open_manifest(checkpoint.root)
             return checkpoint
     raise EvlaError(
         f"{path} is not a checkpoint that evla knows. Expected a CogACT run (config.json, dataset_statistics.json, "

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evla_cli.checkpoint.bundle import SETTINGS
 from evla_cli.checkpoint.files import copy_file, read_json, write_json
 from evla_cli.checkpoint.outputs import MARKERS
 from evla_cli.checkpoint.reader import open_huggingface_checkpoint
@@ -16,7 +17,7 @@ from evla_cli.plan import PrunePlan
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
 _MAX_LAYERS = 1000
 # Of another state of the model: manifest and settings belong to the exact weights they were made for.
-_STALE = {*MARKERS, "inference.yaml", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+_STALE = {*MARKERS, SETTINGS, "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def open_huggingface(
     return Checkpoint(
         root=directory,
         family=family,
-        layout="bundle" if (directory / "manifest.json").is_file() else "huggingface",
+        layout="bundle" if (directory / SETTINGS).is_file() else "huggingface",
         reader=reader,
         config=config,
         weights=reader.tensors,
