@@ -96,8 +96,12 @@ def _check_bundle(root: Path) -> dict[str, Any]:
     return {"files": len(bundle.files), "tensors": len(checkpoint.weights), "bytes": total_bytes(checkpoint.weights)}
 
 
-def check_export(checkpoint: Checkpoint, settings: InferenceSettings) -> None:
-    """Everything that a policy needs but the weights' values: names, shapes, tokenizer, settings it can obey."""
+def check_export(checkpoint: Checkpoint, settings: InferenceSettings, num_layers: int | None = None) -> None:
+    """Everything that a policy needs but the weights' values: names, shapes, tokenizer, settings it can obey.
+
+    Args:
+        num_layers: that will be left when the checkpoint has been pruned; None: as many as it has.
+    """
     if not checkpoint.family.has_action_head:
         raise EvlaError(
             f"{checkpoint.root} has no action head, so there is nothing to run as a policy; a pruned decoder loads "
@@ -110,7 +114,7 @@ def check_export(checkpoint: Checkpoint, settings: InferenceSettings) -> None:
     CogACTProcessor(config, checkpoint.tokenizer_dir)
     settings.check(
         config.num_visual_tokens,
-        checkpoint.num_layers,
+        checkpoint.num_layers if num_layers is None else num_layers,
         config.action_config.num_hidden_layers,
         config.action_config.num_train_steps,
     )

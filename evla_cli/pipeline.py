@@ -33,8 +33,9 @@ from evla_cli.plan import PLAN, SCHEMA_VERSION, LayerImportance, LayerScore, Pru
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import from_mapping
-from evla_cli.settings import InferenceSettings
+from evla_cli.settings import InferenceSettings, PruneRecipe
 
+OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ANALYZE_OPTIONS = ("num_samples", "batch_size", "dtype")  # that change the result; all of them stand in its file
 
@@ -108,7 +109,14 @@ def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream) -> dict[s
 
 
 def analyze_to_file(
-    source: Path, data: Path, output: Path, *, figures: Path | None = None, overwrite: bool = False, **options: Any
+    source: Path,
+    data: Path,
+    output: Path,
+    *,
+    figures: Path | None = None,
+    overwrite: bool = False,
+    on_complete: OnComplete | None = None,
+    **options: Any,
 ) -> LayerImportance:
     """`analyze`, its result written to `output`, and its pictures into `figures`."""
     with new_file(output, overwrite) as staging:
@@ -116,6 +124,8 @@ def analyze_to_file(
             check_figures(figures, overwrite)
         result = analyze(source, data, with_action_head=figures is not None, **options)
         write_text(staging, result.to_json())
+        if on_complete:
+            on_complete(staging)
     if figures is not None:
         draw_importance(result, figures)
     return result
@@ -151,6 +161,7 @@ def prune(
     plan_file: Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    on_complete: OnComplete | None = None,
 ) -> PruneResult:
     """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout.
 
@@ -170,7 +181,8 @@ def prune(
         else:
             scores = _given_importance(importance, checkpoint) if importance else None
             num_first = _num_protected(checkpoint, protect_first)
-            keep = _layers_to_keep(checkpoint, scores, num_drop, num_keep, drop_ids, num_first)
+            ranking = scores.ranking() if scores else None
+            keep = _layers_to_keep(checkpoint, ranking, num_drop, num_keep, drop_ids, num_first)
             if scores and mlp_prune_ratio and mlp_method == "prunenet":
                 _check_source(importance, scores.checkpoint_sha256, reader)
             plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed)
@@ -187,14 +199,30 @@ def prune(
     with new_directory(dest, overwrite, checkpoint.root) as staging:
         reader.read_ahead.advance(0)  # hashing begins
         plan, pruned = decide()
-        check_space(staging, total_bytes(pruned))
+        check_space(staging.parent, total_bytes(pruned))
         with _byte_progress("writing", pruned, reader) as on_bytes:
             hashes = checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
         plan = identified(plan)
         write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
         write_manifest(staging, provenance(checkpoint, plan), hashes)
         reader.check_unchanged()
+        if on_complete:
+            on_complete(staging)
     return _result(plan, reader.tensors, pruned)
+
+
+def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> PrunePlan:
+    """A plan of the size that the options will lead to, for what can be checked before layers are `ranked`."""
+    ranking = list(range(source.num_layers)) if ranked else None
+    drop = options.drop_layers or None  # the recipe's default
+    num_first = _num_protected(source, options.protect_first)
+    keep = _layers_to_keep(source, ranking, drop, None, options.drop_layer_ids, num_first)
+    width = prune_width(source.intermediate_size, options.mlp_prune_ratio)
+    mlp_keep = None
+    if width < source.intermediate_size:
+        _mlp_names(source)
+        mlp_keep = (tuple(range(width)),) * len(keep)
+    return PrunePlan(source.num_layers, source.intermediate_size, keep, mlp_keep)
 
 
 def _new_plan(
@@ -286,7 +314,7 @@ def _num_protected(checkpoint: Checkpoint, protect_first: int | None) -> int:
 
 def _layers_to_keep(
     checkpoint: Checkpoint,
-    scores: LayerImportance | None,
+    ranking: list[int] | None,
     num_drop: int | None,
     num_keep: int | None,
     drop_ids: Sequence[int],
@@ -305,12 +333,11 @@ def _layers_to_keep(
         raise EvlaError(f"--drop-layers must not be negative, got {num_drop}.")
     if num_drop < len(set(drop_ids)):
         raise EvlaError(f"--drop-layer-ids names {len(set(drop_ids))} layers, but only {num_drop} are to go in all.")
-    if scores is None and num_drop > len(set(drop_ids)):
+    if ranking is None and num_drop > len(set(drop_ids)):
         raise EvlaError("Dropping layers by rank needs --importance; make it with evla analyze.")
     if not 0 <= protect_first <= num_layers:
         raise EvlaError(f"--protect-first must be between 0 and {num_layers}, got {protect_first}.")
-    ranking = scores.ranking() if scores else list(range(num_layers))
-    return choose_layers(ranking, num_drop, drop_ids, range(protect_first))
+    return choose_layers(ranking or list(range(num_layers)), num_drop, drop_ids, range(protect_first))
 
 
 def _channels_to_keep(
@@ -319,10 +346,7 @@ def _channels_to_keep(
     width = prune_width(checkpoint.intermediate_size, mlp_prune_ratio)
     if width == checkpoint.intermediate_size:
         return None, {}
-    names = [f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
-    absent = [name for name in names if f"{checkpoint.layer_prefix}.0.{name}" not in checkpoint.reader.tensors]
-    if absent:
-        raise EvlaError(f"The decoder has no {absent[0]}; only gated MLPs can be narrowed. Use --mlp-prune-ratio 0.")
+    names = _mlp_names(checkpoint)
 
     def read_mlp(layer: int) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = (checkpoint.reader.tensors[f"{checkpoint.layer_prefix}.{layer}.{name}"] for name in names)
@@ -337,6 +361,14 @@ def _channels_to_keep(
         return select_channels(method, layers, read_mlp, checkpoint.intermediate_size, width, seed, on_step)
 
 
+def _mlp_names(checkpoint: Checkpoint) -> list[str]:
+    names = [f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+    absent = [name for name in names if f"{checkpoint.layer_prefix}.0.{name}" not in checkpoint.reader.tensors]
+    if absent:
+        raise EvlaError(f"The decoder has no {absent[0]}; only gated MLPs can be narrowed. Use --mlp-prune-ratio 0.")
+    return names
+
+
 def export(
     source: Path,
     dest: Path,
@@ -345,22 +377,27 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    on_complete: OnComplete | None = None,
 ) -> dict[str, Any]:
     """Write a self-contained bundle from a checkpoint that acts, then verify what was written."""
     checkpoint = open_checkpoint(source)
     shard_bytes = parse_size(max_shard_size)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
         check_export(checkpoint, settings)
-        weights = checkpoint.weights
-        if dtype is not None:
-            weights = {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
-        check_space(staging, total_bytes(weights))
+        weights = cast(checkpoint.weights, dtype)
+        check_space(staging.parent, total_bytes(weights))
         with progress_bar("exporting", total_bytes(weights), "B") as bar:
             hashes = write_huggingface_weights(staging, weights, shard_bytes, bar.update)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
         facts = verify_bundle(staging)
         checkpoint.reader.check_unchanged()
+        if on_complete:
+            on_complete(staging)
     return facts
+
+
+def cast(weights: LazyTensors, dtype: str | None) -> LazyTensors:
+    return weights if dtype is None else {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
 
 
 def predict(

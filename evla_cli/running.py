@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 from evla_cli import __version__, pipeline
 from evla_cli.bundling import check_export
 from evla_cli.calibration import load_samples, samples_sha256
-from evla_cli.checkpoint.bundle import library_versions
-from evla_cli.checkpoint.files import read_json, sha256_file
-from evla_cli.checkpoint.outputs import check_apart, locked, made_directory, write_file
+from evla_cli.checkpoint.bundle import MANIFEST, differing_files, library_versions, open_manifest
+from evla_cli.checkpoint.files import Stamp, file_stamp, known_sha256, read_json, sha256_file
+from evla_cli.checkpoint.outputs import check_apart, check_space, locked, made_directory, write_file
+from evla_cli.checkpoint.tensors import total_bytes
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
+from evla_cli.families.base import Checkpoint
+from evla_cli.methods.layer_pruning import prune_weights
+from evla_cli.pipeline import OnComplete
 from evla_cli.schema import from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
@@ -26,18 +31,30 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage that was done: hashes of everything that went in (options included) and of what came out."""
+    """A stage that was done.
+
+    Attributes:
+        inputs: hash of everything that went in, options included.
+        output: SHA-256 of the file that came out; of a directory, that of its manifest, which lists all others.
+        stamps: hash of the sizes, times and inodes of a directory's files.
+    """
 
     inputs: str
     output: str
+    stamps: str = ""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`run.json`, in the recipe's output directory."""
+    """`run.json`, in the recipe's output directory.
+
+    Attributes:
+        sha256: of weight files, by their stamps.
+    """
 
     schema_version: int
     stages: dict[str, StageState] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -51,50 +68,71 @@ class RunState:
 def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, bool]]:
     """Follow the recipe. Returns stage, output, and whether it was done (False: unchanged, skipped)."""
     recipe = Recipe.load(path)
-    source, output = path.parent / recipe.source, path.parent / recipe.output
-    check_apart(output, source)
-    if recipe.export is not None:  # before hours of work are done for it
-        parse_size(recipe.export.max_shard_size)
-        check_export(open_checkpoint(source), recipe.export.settings)
+    output = path.parent / recipe.output
+    check_apart(output, path.parent / recipe.source)
+    source = open_checkpoint(path.parent / recipe.source)
+    num_bytes = _check(recipe, source)
     with made_directory(output), locked(output / ".run.lock", output):
-        return _run_stages(recipe, path, source, _Stages(output, overwrite))
+        stages = _Stages(output, source)
+        stages.check(num_bytes, overwrite)
+        return _run_stages(recipe, path, source, stages)
 
 
-def _run_stages(recipe: Recipe, path: Path, source: Path, stages: "_Stages") -> list[tuple[str, Path, bool]]:
-    output = stages.output
-    source_hash = _hash(source)
-    current = source
+def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
+    """Refuse what can be refused before hours of work are done for it. Returns stage -> bytes that it will write."""
+    num_bytes, num_layers, weights = {}, source.num_layers, source.weights
+    if recipe.analyze is not None:
+        num_bytes["analyze"] = 0
+    if recipe.prune is not None:
+        plan = pipeline.foreseen_plan(source, recipe.prune, ranked=recipe.analyze is not None)
+        num_layers = len(plan.keep_layers)
+        weights = prune_weights(weights, plan, source.family.decoder_layers)
+        num_bytes["prune"] = total_bytes(weights)
+    if recipe.export is not None:
+        parse_size(recipe.export.max_shard_size)
+        check_export(source, recipe.export.settings, num_layers)
+        num_bytes["export"] = total_bytes(pipeline.cast(weights, recipe.export.dtype))
+    return num_bytes
+
+
+def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages") -> list[tuple[str, Path, bool]]:
+    root = path.parent / recipe.source
+    small_files = _small_files_sha256(source)
+
+    def source_sha256() -> str:
+        return hashlib.sha256(f"{source.reader.sha256}{small_files}".encode()).hexdigest()
+
     importance: Path | None = None
     if recipe.analyze is not None:
-        importance, analyze = output / "importance.json", recipe.analyze
+        analyze = recipe.analyze
+        importance = stages.outputs["analyze"]
         data = path.parent / analyze.samples
-        samples = load_samples(data, open_checkpoint(source).family.sample_kind, analyze.num_samples)
-        options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
+        samples = load_samples(data, source.family.sample_kind, analyze.num_samples)
+        analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
         stages.run(
             "analyze",
-            importance,
-            {"options": options, "source": source_hash},
-            lambda: pipeline.analyze_to_file(
-                source,
+            lambda: {"options": analyze_options, "source": source_sha256()},
+            lambda dest, on_complete: pipeline.analyze_to_file(
+                root,
                 data,
-                output / "importance.json",
+                dest,
                 num_samples=analyze.num_samples,
                 batch_size=analyze.batch_size,
                 dtype=analyze.dtype,
                 overwrite=True,
+                on_complete=on_complete,
             ),
         )
+    exported = root
     if recipe.prune is not None:
-        prune, dest = recipe.prune, output / "pruned"
-        inputs = {"options": to_mapping(prune), "source": source_hash}
-        if importance is not None:
-            inputs["importance"] = sha256_file(importance)
+        prune = recipe.prune
+        ranking = {} if importance is None else {"importance": sha256_file(importance)}
+        exported = stages.outputs["prune"]
         stages.run(
             "prune",
-            dest,
-            inputs,
-            lambda: pipeline.prune(
-                source,
+            lambda: {"options": to_mapping(prune), "source": source_sha256(), **ranking},
+            lambda dest, on_complete: pipeline.prune(
+                root,
                 dest,
                 importance=importance,
                 num_drop=prune.drop_layers or None,  # the recipe's default
@@ -104,63 +142,125 @@ def _run_stages(recipe: Recipe, path: Path, source: Path, stages: "_Stages") -> 
                 mlp_method=prune.mlp_method,
                 seed=prune.seed,
                 overwrite=True,
+                on_complete=on_complete,
             ),
         )
-        current = dest
     if recipe.export is not None:
-        export, bundle, exported = recipe.export, output / "bundle", current
+        export = recipe.export
         stages.run(
             "export",
-            bundle,
-            {"options": to_mapping(export), "source": source_hash if exported == source else _hash(exported)},
-            lambda: pipeline.export(
+            lambda: {
+                "options": to_mapping(export),
+                "source": source_sha256() if exported == root else sha256_file(exported / MANIFEST),
+            },
+            lambda dest, on_complete: pipeline.export(
                 exported,
-                bundle,
+                dest,
                 export.settings,
                 dtype=export.dtype,
                 max_shard_size=export.max_shard_size,
                 overwrite=True,
+                on_complete=on_complete,
             ),
         )
     return stages.log
 
 
 class _Stages:
-    def __init__(self, output: Path, overwrite: bool):
-        self.output, self._overwrite = output, overwrite
-        self._path = output / STATE
-        self._done = dict(RunState.load(self._path).stages)
+    """What was done, and what is done now.
+
+    A stage is entered into run.json when its output is complete, right before the rename that puts it in its place: a
+    process killed before the rename leaves an entry that no output fits, one killed after it leaves both.
+    """
+
+    def __init__(self, output: Path, source: Checkpoint):
+        self.outputs = {"analyze": output / "importance.json", "prune": output / "pruned", "export": output / "bundle"}
         self.log: list[tuple[str, Path, bool]] = []
+        self._output, self._source = output, source
+        state = RunState.load(output / STATE)
+        self._done = dict(state.stages)
+        known_sha256.update({_from_text(text): sha256 for text, sha256 in state.sha256.items()})
 
-    def run(self, stage: str, dest: Path, inputs: dict[str, Any], work: Callable[[], Any]) -> None:
-        key = hashlib.sha256(
-            json.dumps([__version__, library_versions(), stage, inputs], sort_keys=True).encode()
-        ).hexdigest()
+    def check(self, num_bytes: dict[str, int], overwrite: bool) -> None:
+        """Errors: an output that no recipe made, too little room for the outputs that are not there yet."""
+        missing = 0
+        for stage, size in num_bytes.items():
+            dest = self.outputs[stage]
+            if not os.path.lexists(dest):
+                missing += size
+            elif stage not in self._done and not overwrite:
+                raise EvlaError(
+                    f"{dest} already exists and was not made by this recipe. Pass --overwrite to replace it."
+                )
+        check_space(self._output, missing)
+
+    def run(self, stage: str, inputs: Callable[[], dict[str, Any]], work: Callable[[Path, OnComplete], Any]) -> None:
+        """Do `work` unless it is done. `inputs` are asked for late: doing the work may be what hashes them."""
+        dest = self.outputs[stage]
         entry = self._done.get(stage)
-        if entry is not None and dest.exists() and entry == StageState(key, _fingerprint(dest)):
-            self.log.append((stage, dest, False))
-            return
-        if dest.exists() and entry is None and not self._overwrite:
-            raise EvlaError(f"{dest} already exists and was not made by this recipe. Pass --overwrite to replace it.")
-        work()
-        self._done[stage] = StageState(key, _fingerprint(dest))
-        state = to_mapping(RunState(SCHEMA_VERSION, self._done))
-        write_file(self._path, json.dumps(state, indent=2) + "\n", overwrite=True)
-        self.log.append((stage, dest, True))
+        done = (
+            entry is not None and _is_output(dest, entry.output, entry.stamps) and entry.inputs == _key(stage, inputs())
+        )
+        if not done:
+            work(dest, lambda complete: self._enter(stage, _key(stage, inputs()), complete))
+        elif entry is not None and entry.stamps != _stamps(dest):  # it was copied here
+            self._enter(stage, entry.inputs, dest)
+        self.log.append((stage, dest, not done))
+
+    def _enter(self, stage: str, key: str, output: Path) -> None:
+        self._done[stage] = StageState(key, sha256_file(_listing(output)), _stamps(output))
+        paths = [*self._source.reader.files, *(path for path in self._output.rglob("*") if path.is_file())]
+        hashes = {_to_text(stamp): known_sha256.get(stamp) for stamp in map(file_stamp, paths)}
+        known = {text: sha256 for text, sha256 in hashes.items() if sha256 is not None}
+        state = to_mapping(RunState(SCHEMA_VERSION, self._done, known))
+        write_file(self._output / STATE, json.dumps(state, indent=2) + "\n", overwrite=True)
 
 
-def _hash(source: Path) -> str:
-    """Of everything that a stage reads from a checkpoint: weights, configs, statistics, tokenizer, plan."""
-    checkpoint = open_checkpoint(source)
-    root = checkpoint.root
-    small = sorted(path for pattern in _SMALL_FILES for path in root.glob(pattern) if path.is_file())
-    lines = [f"{sha256_file(path)}  {path.relative_to(root).as_posix()}\n" for path in small]
-    return hashlib.sha256("".join([checkpoint.reader.sha256, *lines]).encode()).hexdigest()
+def _is_output(dest: Path, sha256: str, stamps: str) -> bool:
+    """Whether `dest` is what was entered: every file by its stamp or, if it was copied or touched, by its content."""
+    listing = _listing(dest)
+    if not listing.is_file() or sha256_file(listing) != sha256:
+        return False
+    if listing == dest:
+        return True
+    try:
+        return _stamps(dest) == stamps or not differing_files(open_manifest(dest))
+    except EvlaError:
+        return False
 
 
-def _fingerprint(path: Path) -> str:
-    """Of a stage's output: a file's content; a directory's content, file by file."""
-    if path.is_file():
-        return sha256_file(path)
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256("".join(f"{sha256_file(path / n)}  {n}\n" for n in names).encode()).hexdigest()
+def _listing(output: Path) -> Path:
+    """The file whose hash stands for all of an output."""
+    return output / MANIFEST if output.is_dir() else output
+
+
+def _stamps(output: Path) -> str:
+    if not output.is_dir():
+        return ""
+    lines = [f"{_to_text(file_stamp(output / name))}  {name}\n" for name in open_manifest(output).files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _to_text(stamp: Stamp) -> str:
+    return ":".join(map(str, stamp))
+
+
+def _from_text(text: str) -> Stamp:
+    try:
+        size, mtime_ns, inode = map(int, text.split(":"))
+    except ValueError as error:
+        raise EvlaError(f"{STATE}: '{text[:80]}' is not size:time:inode of a file.") from error
+    return size, mtime_ns, inode
+
+
+def _key(stage: str, inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(
+        json.dumps([__version__, library_versions(), stage, inputs], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def _small_files_sha256(source: Checkpoint) -> str:
+    """Of everything that a stage reads from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
+    paths = sorted(path for pattern in _SMALL_FILES for path in source.root.glob(pattern) if path.is_file())
+    lines = [f"{sha256_file(path)}  {path.relative_to(source.root).as_posix()}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

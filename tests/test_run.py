@@ -1,8 +1,10 @@
 """`evla run`: a stage runs when its inputs, options or output changed, and only then; any subset of stages works."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,10 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+from evla_cli import pipeline, running
+from evla_cli.checkpoint import bundle, outputs, reader
+from evla_cli.checkpoint.files import sha256_file
+from evla_cli.checkpoint.read_ahead import ReadAheadHash
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
 from evla_cli.running import run_recipe
@@ -136,12 +142,132 @@ def test_foreign_output_is_replaced_only_on_request(project):
     assert project.run(overwrite=True) == ["analyze", "prune", "export"]
 
 
-def test_a_failing_stage_keeps_what_was_done_before(project):
-    project.recipe["prune"]["drop_layers"] = 5
-    with pytest.raises(EvlaError, match="Cannot drop 5 of 6"):
-        project.run()
-    project.recipe["prune"]["drop_layers"] = 1
+def test_a_failing_stage_keeps_what_was_done_before(project, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise EvlaError("No space left on device.")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(pipeline, "prune", fail)
+        with pytest.raises(EvlaError, match="No space left"):
+            project.run()
     assert project.run() == ["prune", "export"]
+
+
+def read_bytes(monkeypatch) -> list[Path]:
+    """The files that are read for their hash from now on."""
+    read: list[Path] = []
+
+    def recorded(path: Path) -> str:
+        read.append(path)
+        return sha256_file(path)
+
+    class Recorded(ReadAheadHash):
+        def __init__(self, files: Any, *arguments: Any):
+            read.extend(files)
+            super().__init__(files, *arguments)
+
+    for module in (bundle, running):
+        monkeypatch.setattr(module, "sha256_file", recorded)
+    monkeypatch.setattr(reader, "ReadAheadHash", Recorded)
+    return read
+
+
+def weights(paths: list[Path]) -> set[str]:
+    return {path.name for path in paths} & {"pico.pt", "model.safetensors"}
+
+
+class TestHashes:
+    """Large files are hashed when they are read or written anyway, and never only to find that nothing changed."""
+
+    def test_unchanged_files_are_not_read(self, done, monkeypatch):
+        forget_hashes(monkeypatch)
+        read = read_bytes(monkeypatch)
+        assert done.run() == []
+        assert weights(read) == set()
+
+    def test_what_was_copied_is_compared_by_content_once(self, done, monkeypatch):
+        """A cache that was brought back: other times and inodes, the same bytes."""
+        for directory in (done.out, done.path.parent / "run"):
+            shutil.copytree(directory, directory.with_name("copy"), copy_function=shutil.copyfile)
+            shutil.rmtree(directory)
+            directory.with_name("copy").rename(directory)
+        forget_hashes(monkeypatch)
+        read = read_bytes(monkeypatch)
+        assert done.run() == []
+        assert weights(read) == {"pico.pt", "model.safetensors"}
+        read.clear()
+        assert done.run() == []
+        assert weights(read) == set()
+
+    def test_a_change_that_keeps_the_size_is_noticed(self, done):
+        weights = done.out / "bundle/model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        assert done.run() == ["export"]
+        assert done.run() == []
+
+    def test_an_entry_that_is_none(self, done):
+        state = json.loads((done.out / "run.json").read_text())
+        state["sha256"]["yesterday"] = "0" * 64
+        (done.out / "run.json").write_text(json.dumps(state))
+        with pytest.raises(EvlaError, match="'yesterday' is not size:time:inode of a file"):
+            done.run()
+
+
+def forget_hashes(monkeypatch) -> None:
+    """As in a new process."""
+    forgotten: dict[Any, str] = {}
+    for module in (bundle, reader, running):
+        monkeypatch.setattr(module, "known_sha256", forgotten)
+
+
+class TestChecksBeforeTheFirstStage:
+    @pytest.mark.parametrize(
+        ("section", "key", "value", "message"),
+        [
+            ("prune", "drop_layers", 5, "Cannot drop 5 of 6"),
+            ("prune", "drop_layers", 6, "Cannot drop 6 of 6"),
+            ("prune", "drop_layer_ids", [9], "9"),
+            ("prune", "protect_first", 7, "between 0 and 6"),
+            ("export", "max_shard_size", "many", "is not a size"),
+            ("export", "settings", {"visual_tokens": {"num_keep": 17}}, "17"),
+            ("export", "settings", {"visual_tokens": {"num_keep": 8, "prune_layer": 5}}, "prune_layer"),
+        ],
+    )
+    def test_too_much(self, project, section, key, value, message):
+        """Five layers are left: tokens cannot leave before layer 5, though the source has six."""
+        project.recipe[section][key] = value
+        with pytest.raises(EvlaError, match=message):
+            project.run()
+        assert not project.out.exists()
+
+    def test_layers_by_rank_without_a_ranking(self, project):
+        del project.recipe["analyze"]
+        with pytest.raises(EvlaError, match="needs --importance"):
+            project.run()
+        assert not project.out.exists()
+
+    def test_a_foreign_output_of_the_last_stage(self, project):
+        (project.out / "bundle").mkdir(parents=True)
+        with pytest.raises(EvlaError, match="bundle already exists and was not made by this recipe"):
+            project.run()
+        assert [path.name for path in project.out.iterdir()] == ["bundle"]
+
+    def test_too_little_room_for_both_outputs(self, project, monkeypatch):
+        """Room for the pruned checkpoint alone: what is to be written in all is what is asked for."""
+        free = 3_000_000
+        monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        with pytest.raises(EvlaError, match="bytes are to be written") as error:
+            project.run()
+        assert not project.out.exists()
+        asked = int(re.search("[0-9,]+", str(error.value))[0].replace(",", ""))
+        monkeypatch.undo()
+        project.run()
+        pruned = (project.out / "pruned/checkpoints/pico.pt").stat().st_size
+        exported = (project.out / "bundle/model.safetensors").stat().st_size
+        assert pruned < free < asked
+        assert asked == pytest.approx(pruned + exported, rel=0.05)
 
 
 def test_command_says_what_it_did(done):

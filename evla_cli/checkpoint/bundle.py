@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evla_cli import __version__
-from evla_cli.checkpoint.files import inside, read_json, sha256_file, write_json
+from evla_cli.checkpoint.files import file_stamp, inside, known_sha256, read_json, sha256_file, write_json
 from evla_cli.errors import EvlaError
 
 SCHEMA_VERSION = 1
@@ -41,6 +41,8 @@ def write_manifest(root: Path, provenance: dict[str, Any], hashes: Mapping[str, 
         if path.is_file() and path.name != MANIFEST:
             name = path.relative_to(root).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or sha256_file(path)}
+            if name in hashes:
+                known_sha256[file_stamp(path)] = hashes[name]
     versions = {"evla_version": __version__, "libraries": library_versions()}
     write_json(root / MANIFEST, {"schema_version": SCHEMA_VERSION, **versions, **provenance, "files": files})
 

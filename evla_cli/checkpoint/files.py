@@ -71,8 +71,14 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def file_stamp(path: Path) -> tuple[int, int, int]:
-    """Size, time of last change in ns, inode: a file that still has them is still the file that it was."""
+Stamp = tuple[int, int, int]  # size, time of last change in ns, inode
+
+# SHA-256 of weight files that were read or written whole, by their stamps: what one stage hashes the next need not.
+known_sha256: dict[Stamp, str] = {}
+
+
+def file_stamp(path: Path) -> Stamp:
+    """A file that still has it is what it was: whoever writes to it or replaces it changes one of the three."""
     try:
         status = path.stat()
     except OSError as error:

@@ -122,8 +122,8 @@ def check_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if num_bytes > free:
         raise EvlaError(
-            f"{num_bytes:,} bytes are to be written, the disk of {_resolved(directory).parent} has {free:,} free; make "
-            "room or choose another output."
+            f"{num_bytes:,} bytes are to be written, the disk of {directory} has {free:,} free; make room or choose "
+            "another output."
         )
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.files import file_stamp, inside, read_json
+from evla_cli.checkpoint.files import Stamp, file_stamp, inside, known_sha256, read_json
 from evla_cli.checkpoint.read_ahead import ReadAheadHash
 from evla_cli.checkpoint.safetensors_format import read_safetensors
 from evla_cli.checkpoint.tensors import LazyTensors
@@ -27,7 +27,7 @@ class CheckpointReader:
         others, paths: of a nested `.pt`, see `TorchFile`.
     """
 
-    stamps: dict[Path, tuple[int, int, int]]
+    stamps: dict[Path, Stamp]
     tensors: LazyTensors
     others: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -39,10 +39,14 @@ class CheckpointReader:
     @cached_property
     def sha256(self) -> str:
         """Of the weight files' content; a single file's is what `sha256sum` prints."""
-        try:
-            digests = self.read_ahead.digests()
-        except OSError as error:
-            raise EvlaError(f"Cannot read {self.files[0].parent}: {error.strerror}.") from error
+        digests = {path: known_sha256[stamp] for path, stamp in self.stamps.items() if stamp in known_sha256}
+        if len(digests) < len(self.stamps):
+            try:
+                digests = self.read_ahead.digests()
+            except OSError as error:
+                raise EvlaError(f"Cannot read {self.files[0].parent}: {error.strerror}.") from error
+            self.check_unchanged()
+            known_sha256.update(zip(self.stamps.values(), digests.values(), strict=True))
         if len(digests) == 1:
             return digests[self.files[0]]
         lines = [f"{digest}  {path.name}\n" for path, digest in digests.items()]
@@ -104,7 +108,7 @@ def _open_shards(directory: Path, index: Path) -> CheckpointReader:
     return CheckpointReader(stamps, found)
 
 
-def _stamps(*paths: Path) -> dict[Path, tuple[int, int, int]]:
+def _stamps(*paths: Path) -> dict[Path, Stamp]:
     return {path: file_stamp(path) for path in paths}
 
 
