@@ -13,7 +13,7 @@ from evla_cli.bundling import check_export
 from evla_cli.calibration import load_samples, samples_sha256
 from evla_cli.checkpoint.bundle import MANIFEST, differing_files, library_versions, open_manifest
 from evla_cli.checkpoint.files import Stamp, file_stamp, known_sha256, read_json, sha256_file
-from evla_cli.checkpoint.outputs import check_apart, check_space, locked, made_directory, write_file
+from evla_cli.checkpoint.outputs import check_apart, check_space, clear_leftovers, locked, made_directory, write_file
 from evla_cli.checkpoint.tensors import total_bytes
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
@@ -177,6 +177,8 @@ class _Stages:
         self.outputs = {"analyze": output / "importance.json", "prune": output / "pruned", "export": output / "bundle"}
         self.log: list[tuple[str, Path, bool]] = []
         self._output, self._source = output, source
+        for dest in (*self.outputs.values(), output / STATE):
+            clear_leftovers(dest)
         state = RunState.load(output / STATE)
         self._done = dict(state.stages)
         known_sha256.update({_from_text(text): sha256 for text, sha256 in state.sha256.items()})

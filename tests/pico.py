@@ -93,10 +93,11 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_cogact(run: Path) -> CogACTForActionPrediction:
+def write_cogact(run: Path, **text_config: Any) -> CogACTForActionPrediction:
     """A native run directory, and the model whose weights it holds."""
     torch.manual_seed(0)
-    config = CogACTConfig(**COGACT, norm_stats=STATS)
+    sizes = COGACT | {"text_config": COGACT["text_config"] | text_config}
+    config = CogACTConfig(**sizes, norm_stats=STATS)
     model = randomize(CogACTForActionPrediction(config).eval())
     with torch.no_grad():  # what no CogACT file holds
         model.dino.embeddings.position_embeddings[:, 0].zero_()

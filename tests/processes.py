@@ -42,6 +42,10 @@ class Evla:
         with suppress(ProcessLookupError):  # it has ended
             os.kill(self.process.pid, number)
 
+    @property
+    def ended(self) -> bool:
+        return self.process.exitcode is not None
+
     def has_mapped(self, path: Path) -> bool:
         try:
             return str(path) in Path(f"/proc/{self.process.pid}/maps").read_text()

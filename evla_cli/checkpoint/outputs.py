@@ -71,6 +71,12 @@ def write_file(dest: Path, text: str, overwrite: bool) -> None:
         file.write(text)
 
 
+def clear_leftovers(dest: Path) -> None:
+    """Put right what a killed process left beside `dest`, which need not be written itself."""
+    with _claimed(dest):
+        pass
+
+
 @contextmanager
 def made_directory(path: Path) -> Iterator[None]:
     """`path` and its parents exist inside the block; those that were made here go again if it fails."""
