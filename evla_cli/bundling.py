@@ -39,19 +39,18 @@ def write_bundle_files(
         plan = PrunePlan.load(dest / PLAN)
     write_text(dest / "README.md", _readme(checkpoint, settings))
     export = {"dtype": dtype, "max_shard_size": str(shard_bytes)}
-    write_manifest(dest, provenance(checkpoint, plan, export), hashes)
+    write_manifest(dest, _provenance(checkpoint, plan, export), hashes)
 
 
-def provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Where files come from: hashes instead of paths, and the options of every stage under a recipe's keys."""
+def _provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str, Any]) -> dict[str, Any]:
+    """Where a bundle comes from: hashes instead of paths, and the options of every stage under a recipe's keys."""
     source = {
         "family": checkpoint.family.name,
         "layout": checkpoint.layout,
         "checkpoint_sha256": checkpoint.reader.sha256,
     }
-    exported = {} if export is None else {"export": export}
     if plan is None:
-        return {"source": source, "plan": None, "recipe": exported}
+        return {"source": source, "plan": None, "recipe": {"export": export}}
     decided = {
         "checkpoint_sha256": plan.checkpoint_sha256,
         "samples_sha256": plan.how.get("samples_sha256"),
@@ -61,7 +60,7 @@ def provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str,
     recipe: dict[str, Any] = {"analyze": plan.how["analyze"]} if plan.how.get("analyze") else {}
     options = {field.name: plan.how.get(field.name) for field in fields(PruneRecipe)}
     recipe["prune"] = {name: value for name, value in options.items() if value is not None}  # no method: none was used
-    return {"source": source, "plan": decided, "recipe": recipe | exported}
+    return {"source": source, "plan": decided, "recipe": recipe | {"export": export}}
 
 
 def verify_bundle(root: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Comparison:
 
 def compare_checkpoints(this: Path, other: Path) -> Comparison:
     """Compare bundles, pruned checkpoints or native runs. Errors: one of the two cannot be opened as a checkpoint."""
-    pair = open_checkpoint(this), open_checkpoint(other)
+    pair = open_checkpoint(this, check_manifest=False), open_checkpoint(other, check_manifest=False)
     layouts = pair[0].layout, pair[1].layout
     config = list(_compare_values("config", pair[0].config, pair[1].config))
     if layouts[0] == layouts[1]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evla_cli.bundling import check_export, provenance, verify_bundle, write_bundle_files
+from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
 from evla_cli.calibration import decode_image, load_samples, samples_sha256
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
@@ -204,7 +204,7 @@ def prune(
             hashes = checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
         plan = identified(plan)
         write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
-        write_manifest(staging, provenance(checkpoint, plan), hashes)
+        write_manifest(staging, {}, hashes)  # where it comes from is what the plan says
         reader.check_unchanged()
         if on_complete:
             on_complete(staging)

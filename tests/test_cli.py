@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,9 @@ def evla(*arguments: Any) -> str:
     return result.stdout
 
 
-def evla_error(*arguments: Any) -> str:
+def evla_error(*arguments: Any, code: int = 2) -> str:
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == code, result.output
     return result.stderr
 
 
@@ -224,6 +225,32 @@ def test_a_plan_of_another_checkpoint_is_refused(pruned, cogact_run, tmp_path):
     options = ("--plan", pruned / "prune_plan.yaml", "--drop-layers", 1)
     assert "--plan says what goes" in evla_error("prune", cogact_run, tmp_path / "a", *options)
     assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml"}
+
+
+def test_verify_a_pruned_checkpoint(pruned, tmp_path):
+    files = json.loads((pruned / "manifest.json").read_text())["files"]
+    assert {name: entry["sha256"] for name, entry in files.items()} == {
+        name: sha256 for name, sha256 in contents(pruned).items() if name != "manifest.json"
+    }
+    assert evla_json("verify", pruned)["files"] == len(files)
+    shutil.copytree(pruned, tmp_path / "copy")
+    weights = tmp_path / "copy/checkpoints/pico.pt"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "1 files differ from the manifest (first: checkpoints/pico.pt)" in evla_error(
+        "verify", tmp_path / "copy", code=1
+    )
+
+
+@pytest.mark.parametrize("file", ["checkpoints/pico.pt", "dataset_statistics.json", "llm_config/tokenizer.json"])
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_half_of_a_pruned_checkpoint_is_refused(pruned, tmp_path, file, share):
+    """A copy that broke off: told at every load, whatever file it was."""
+    shutil.copytree(pruned, tmp_path / "copy")
+    data = (pruned / file).read_bytes()
+    (tmp_path / "copy" / file).unlink()
+    if share is not None:
+        (tmp_path / "copy" / file).write_bytes(data[: int(len(data) * share)])
+    assert evla_error("inspect", tmp_path / "copy").count("\n") == 1
 
 
 def test_keep_layers_says_the_same_the_other_way(cogact_run, importance_file, tmp_path):

@@ -14,17 +14,17 @@ FAMILIES = {
 }
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, check_manifest: bool = True) -> Checkpoint:
     """Open the checkpoint at `path`: a directory, or CogACT's `<RUN>/checkpoints/<name>.pt`.
 
-    Errors: it is none, or files that its manifest lists (if evla wrote it) are missing or of another size.
+    Errors: it is none, or files that its manifest lists (where evla wrote one) are missing or of another size.
     """
     if not path.exists():
         raise EvlaError(f"{path} does not exist.")
     for module in FAMILIES.values():
         checkpoint = import_module(module).open_checkpoint(path)
         if checkpoint is not None:
-            if (checkpoint.root / MANIFEST).is_file():
+            if check_manifest and (checkpoint.root / MANIFEST).is_file():
                 open_manifest(checkpoint.root)
             return checkpoint
     raise EvlaError(
