@@ -379,17 +379,21 @@ def export(
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
 ) -> dict[str, Any]:
-    """Write a self-contained bundle from a checkpoint that acts, then verify what was written."""
+    """Write a self-contained bundle from a checkpoint that acts, then check what was written.
+
+    Weights are looked at for NaN and hashed as they pass; what is on the disk is read again by `evla verify` alone.
+    """
     checkpoint = open_checkpoint(source)
     shard_bytes = parse_size(max_shard_size)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
+        checkpoint.reader.read_ahead.advance(0)  # hashing begins
         check_export(checkpoint, settings)
         weights = cast(checkpoint.weights, dtype)
         check_space(staging.parent, total_bytes(weights))
-        with progress_bar("exporting", total_bytes(weights), "B") as bar:
-            hashes = write_huggingface_weights(staging, weights, shard_bytes, bar.update)
+        with _byte_progress("exporting", weights, checkpoint.reader) as on_bytes:
+            hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
-        facts = verify_bundle(staging)
+        facts = verify_bundle(staging, every_byte=False)
         checkpoint.reader.check_unchanged()
         if on_complete:
             on_complete(staging)
