@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,32 @@ _CHUNK = 2**22  # bytes
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(read_text(path))
+    except ValueError as error:
         raise EvlaError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise EvlaError(f"{path} must hold a JSON object, found {type(value).__name__}.")
     return value
+
+
+def parse_json(text: str, parse_int: Callable[[str], Any] = int) -> Any:
+    """JSON with one meaning. Errors (ValueError): also a name that stands twice in an object, a lone surrogate."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=parse_int)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a text in it is not valid Unicode (a lone surrogate)") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from evla_cli.checkpoint.tensors import LazyTensor
 from evla_cli.errors import EvlaError
 
 ALIGNMENT = 64  # bytes at which files written here start their data, as torch.save does: kernels like borders
+_MAX_ELEMENTS = 2**63 // 8  # beyond it torch's own arithmetic of sizes and strides overflows, for empty tensors too
 
 
 class MappedFile:
@@ -28,6 +29,8 @@ class MappedFile:
 
     def tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, limit: int) -> LazyTensor:
         """The row-major tensor at byte `offset`, which must end before byte `limit`."""
+        if prod(length or 1 for length in shape) > _MAX_ELEMENTS:
+            raise EvlaError(f"{self.path.name} is corrupt: {name} has a shape that no tensor can have.")
         num_bytes = prod(shape) * dtype.itemsize
         if offset < 0 or offset + num_bytes > min(limit, self.size):
             raise EvlaError(

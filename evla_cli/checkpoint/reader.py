@@ -30,7 +30,7 @@ class CheckpointReader:
     stamps: dict[Path, Stamp]
     tensors: LazyTensors
     others: dict[str, Any] = field(default_factory=dict)
-    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:

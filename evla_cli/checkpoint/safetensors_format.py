@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evla_cli.checkpoint.files import parse_json
 from evla_cli.checkpoint.mapped_file import ALIGNMENT, MappedFile
 from evla_cli.checkpoint.output_file import OutputFile
 from evla_cli.checkpoint.tensors import LazyTensors, prepared, tensor_bytes
@@ -39,8 +40,6 @@ def read_safetensors(path: Path) -> LazyTensors:
     tensors: LazyTensors = {}
     spans = []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         dtype, shape, (begin, end) = _checked_entry(path, name, entry)
         lazy = file.tensor(name, dtype, shape, start + begin, start + end)
         if lazy.num_bytes != end - begin:
@@ -89,27 +88,31 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise EvlaError(f"{path} is not a safetensors file, or it is truncated.")
         try:
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
-        except (ValueError, RecursionError) as error:
+            header = parse_json(file.read(length).decode("utf-8"), parse_int=_natural)
+        except ValueError as error:
             raise EvlaError(f"{path} is corrupt: its header is not valid JSON ({error}).") from error
     if not isinstance(header, dict):
         raise EvlaError(f"{path} is corrupt: its header is not a JSON object.")
+    metadata = header.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
+        raise EvlaError(f"{path} is corrupt: the metadata in its header are not texts by name.")
     return header, 8 + length
 
 
 def _checked_entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        lists = isinstance(shape, list) and isinstance(offsets, list)
         whole = all(type(number) is int and number >= 0 for number in [*shape, *offsets])
-        if len(entry) == 3 and whole and len(offsets) == 2 and offsets[0] <= offsets[1]:
+        if len(entry) == 3 and lists and whole and len(offsets) == 2 and offsets[0] <= offsets[1]:
             return DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
     except (KeyError, TypeError):
         pass
     raise EvlaError(f"{path}: the header entry of {name} is not one that can be read: {str(entry)[:200]}.")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result
+def _natural(digits: str) -> int:
+    if digits.startswith("-"):  # "-0", too: the format's own reader knows natural numbers only
+        raise ValueError(f"{digits[:40]} is not a natural number")
+    return int(digits)

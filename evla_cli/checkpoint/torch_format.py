@@ -1,7 +1,7 @@
 """The `.pt` format of `torch.save`: a zip archive of one pickle and one uncompressed record a storage.
 
-The pickle is read by an unpickler that knows tensors, containers and plain values and nothing else: no code from the
-file can run. Files are written record by record, so that no more than one tensor is held at a time; torch.load reads
+The pickle is read by a reader that knows tensors, containers and plain values and nothing else: no code from the file
+can run. Files are written record by record, so that no more than one tensor is held at a time; torch.load reads
 them, with `weights_only=True` and with `mmap=True`.
 """
 
@@ -11,15 +11,17 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from evla_cli.checkpoint.mapped_file import ALIGNMENT, MappedFile
 from evla_cli.checkpoint.output_file import OutputFile
+from evla_cli.checkpoint.plain_pickle import Call, Global, Persistent, read_plain_pickle
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, prepared, tensor_bytes
 from evla_cli.errors import EvlaError
 
@@ -36,7 +38,15 @@ _STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
 }
 _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGE_DTYPES.items()}
-_MAX_PICKLE_BYTES = 256_000_000
+_END_RECORD = struct.Struct("<4s4H2LH")  # of a zip archive without a comment
+_UTF8_NAME = 0x800
+_ZIP_FLAGS = _UTF8_NAME | 0x8  # of a record: sizes repeated after its data
+_VERSIONS = tuple(str(version).encode() for version in range(1, 11))  # of the archive; torch.save writes 3
+# A 7 B checkpoint's pickle has 0.2 MB and a thousand entries. One byte of pickle can take 70 of memory.
+_MAX_PICKLE_BYTES = 8_000_000
+_MAX_ENTRIES = 100_000
+_MAX_DEPTH = 16
+_MAX_DIMS = 64  # torch's own limit for most operations
 
 
 @dataclass(frozen=True)
@@ -51,32 +61,29 @@ class TorchFile:
 
     tensors: LazyTensors
     others: dict[str, Any]
-    paths: dict[str, tuple[str, ...]]
+    paths: dict[str, tuple[str | int, ...]]
 
 
 def read_torch(path: Path) -> TorchFile:
     """Open a `.pt` file. Errors: not a zip archive, foreign pickle globals, storages that lie about their size."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise EvlaError(
-            f"{path} is not a checkpoint that can be read: {error}. It may be truncated, or saved by torch before "
-            "1.6; in that case load it with torch and save it again."
-        ) from error
-    with archive:
-        root, records = _records(path, archive)
-        tree = _read_pickle(path, archive, root, MappedFile(path), records)
+    archive = _Archive(path)
+    tree = archive.tree()
+    if not isinstance(tree, dict):
+        raise EvlaError(f"{path} holds no dict of tensors.")
     tensors: LazyTensors = {}
     others: dict[str, Any] = {}
-    paths: dict[str, tuple[str, ...]] = {}
-    for keys, leaf in _leaves(tree):
-        name = ".".join(keys)
+    paths: dict[str, tuple[str | int, ...]] = {}
+    for keys, leaf in _leaves(path, tree):
+        name = ".".join(map(str, keys))
         if name in paths:
             raise EvlaError(f"{path}: two entries have the name {name}.")
+        if len(paths) == _MAX_ENTRIES:
+            raise EvlaError(f"{path} holds more than {_MAX_ENTRIES} entries; this is no plain checkpoint.")
         paths[name] = keys
-        if isinstance(leaf, LazyTensor):
-            tensors[name] = leaf
+        if isinstance(leaf, Call):
+            tensors[name] = archive.tensor(name, leaf)
         else:
+            _check_plain(path, name, leaf)
             others[name] = leaf
     return TorchFile(tensors, others, paths)
 
@@ -84,7 +91,7 @@ def read_torch(path: Path) -> TorchFile:
 def write_torch(
     path: Path,
     tensors: LazyTensors,
-    paths: dict[str, tuple[str, ...]],
+    paths: Mapping[str, tuple[str | int, ...]],
     others: dict[str, Any] | None = None,
     on_bytes: Callable[[int], Any] | None = None,
 ) -> str:
@@ -119,103 +126,178 @@ def write_torch(
 
 # Reading
 
-
-def _records(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The archive's root folder, and for every record its first byte in the file and its size."""
-    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(pickles) != 1:
-        raise EvlaError(f"{path} is a zip archive, but not one that torch.save wrote (no data.pkl).")
-    records = {}
-    with open(path, "rb") as file:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise EvlaError(f"{path}: record {info.filename} is compressed; torch.save never does that.")
-            file.seek(info.header_offset)
-            header = file.read(30)  # the local header repeats name and extra field, with lengths of its own
-            if len(header) != 30 or header[:4] != b"PK\x03\x04":
-                raise EvlaError(f"{path} is truncated or corrupt: no record at byte {info.header_offset}.")
-            start = info.header_offset + 30 + int.from_bytes(header[26:28], "little")
-            records[info.filename] = (start + int.from_bytes(header[28:30], "little"), info.file_size)
-    root = pickles[0].removesuffix("/data.pkl")
-    if f"{root}/byteorder" in records and archive.read(f"{root}/byteorder") != b"little":
-        raise EvlaError(f"{path} was written on a big-endian machine, which is not supported.")
-    return root, records
+_REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+_REBUILD_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+_TENSOR_TYPES = (Global("torch", "Tensor"), Global("torch.nn.parameter", "Parameter"))
+_STORAGE_TYPES = {Global("torch", name): dtype for name, dtype in _STORAGE_DTYPES.items()}
+_KNOWN = (*_STORAGE_TYPES, *_TENSOR_TYPES, _REBUILD_TENSOR, _REBUILD_PARAMETER, _REBUILD_FROM_TYPE)
 
 
-def _read_pickle(
-    path: Path, archive: zipfile.ZipFile, root: str, file: MappedFile, records: dict[str, tuple[int, int]]
-) -> Any:
-    if records[f"{root}/data.pkl"][1] > _MAX_PICKLE_BYTES:
-        raise EvlaError(f"{path}: data.pkl is larger than {_MAX_PICKLE_BYTES} bytes; this is no plain checkpoint.")
-    try:
-        stream = io.BytesIO(archive.read(f"{root}/data.pkl"))
-        return _TensorUnpickler(stream, file, root, records).load()
-    except EvlaError:
-        raise
-    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
-        raise EvlaError(f"{path} is corrupt: {error}.") from error
-    except Exception as error:  # a damaged pickle can fail in any way inside the unpickler
-        raise EvlaError(f"{path} is corrupt: its pickle cannot be read ({type(error).__name__}: {error}).") from error
+class _Archive:
+    """A zip archive as torch.save writes it: the records of one folder, one after the other, uncompressed."""
 
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: torch.dtype
-    offset: int
-    num_elements: int
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Knows what `torch.save` writes for tensors in containers; any other global is an error."""
-
-    def __init__(self, stream: io.BytesIO, file: MappedFile, root: str, records: dict[str, tuple[int, int]]):
-        super().__init__(stream, encoding="utf-8")
-        self._file, self._root, self._records = file, root, records
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch._tensor", "_rebuild_from_type_v2"): lambda function, _type, arguments, _state: function(*arguments),
-            ("torch", "Tensor"): LazyTensor,
-            ("torch.nn.parameter", "Parameter"): LazyTensor,
-        }
-        if (module, name) in known:
-            return known[(module, name)]
-        raise EvlaError(
-            f"{self._file.path} holds the Python object {module}.{name}, which is not part of a plain checkpoint. "
-            "It was not executed."
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
+    def __init__(self, path: Path):
+        self.path = path
         try:
-            kind, dtype, key, _device, num_elements = pid
-            start, size = self._records[f"{self._root}/data/{key}"]
-            valid = kind == "storage" and isinstance(dtype, torch.dtype) and type(num_elements) is int
-        except (TypeError, ValueError, KeyError):
-            valid = False
-        if not valid or num_elements < 0 or num_elements * dtype.itemsize > size:
-            raise EvlaError(f"{self._file.path} is truncated or corrupt: a storage is missing or too short ({pid}).")
-        return _Storage(dtype, start, num_elements)
+            with zipfile.ZipFile(path) as archive:
+                entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+                end = archive.start_dir
+            self._file = MappedFile(path)
+            with open(path, "rb") as file:
+                self._find_records(file, entries, end)
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise EvlaError(
+                f"{path} is not a checkpoint that can be read: {error}. It may be truncated, or saved by torch before "
+                "1.6; in that case load it with torch and save it again."
+            ) from error
+        self._storages: dict[str, tuple[Any, ...]] = {}
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> LazyTensor:
-        shape, stride = tuple(shape), tuple(stride)
-        numbers = [offset, *shape, *stride]
-        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise EvlaError(f"{self._file.path} is corrupt: a tensor has no valid storage, shape or stride.")
-        if len(shape) != len(stride):
-            raise EvlaError(f"{self._file.path} is corrupt: shape {shape} with stride {stride}.")
-        dtype, limit = storage.dtype, storage.offset + storage.num_elements * storage.dtype.itemsize
-        start = storage.offset + offset * dtype.itemsize
+    def _find_records(self, file: BinaryIO, entries: list[zipfile.ZipInfo], end: int) -> None:
+        """For every record its first byte in the file, its size, and the checksum that the archive gives for it."""
+        root = entries[0].filename.split("/")[0] if entries else ""
+        self._records: dict[str, tuple[int, int, int]] = {}
+        file.seek(-_END_RECORD.size, os.SEEK_END)
+        signature, *disks, num_here, num_entries, _, _, comment = _END_RECORD.unpack(file.read())
+        counted = num_here == num_entries == min(len(entries), 0xFFFF)
+        if signature != b"PK\x05\x06" or any(disks) or comment or not counted:
+            raise ValueError("its last record is not the end of a directory of all the others")
+        borders = [entry.header_offset for entry in entries] + [end]
+        if borders[0] != 0:
+            raise ValueError("something stands before its first record")
+        for entry, next_header in zip(entries, borders[1:], strict=True):
+            name = entry.filename.removeprefix(f"{root}/")
+            stored = entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size
+            if not stored or entry.flag_bits & ~_ZIP_FLAGS or entry.volume:
+                raise ValueError(f"record {name} is compressed or encrypted; torch.save never does that")
+            if name == entry.filename or name in self._records:
+                raise ValueError(f"record {name} stands in it twice or outside of its folder {root}/")
+            file.seek(entry.header_offset)
+            header = file.read(30)  # the local header repeats name and extra field, with lengths of its own
+            own_name = file.read(int.from_bytes(header[26:28], "little"))
+            if header[:4] != b"PK\x03\x04" or own_name != entry.orig_filename.encode(_encoding(entry)):
+                raise ValueError(f"record {name} is not at byte {entry.header_offset}")
+            start = file.tell() + int.from_bytes(header[28:30], "little")
+            if start + entry.file_size > next_header:
+                raise ValueError(f"record {name} runs into the next one")
+            self._records[name] = (start, entry.file_size, entry.CRC)
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        if name not in self._records:
+            raise EvlaError(f"{self.path} is a zip archive, but not one that torch.save wrote (no {name}).")
+        start, size, checksum = self._records[name]
+        if size > max_bytes:
+            raise EvlaError(f"{self.path}: {name} is larger than {max_bytes} bytes; this is no plain checkpoint.")
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            content = file.read(size)
+        # 0: torch was told not to compute them (torch.serialization.set_crc32_options)
+        if checksum not in (0, zlib.crc32(content)):
+            raise EvlaError(f"{self.path} is corrupt: {name} does not have the checksum that the archive gives.")
+        return content
+
+    def tree(self) -> Any:
+        """The pickled dicts, lists and plain values, with `Call`s for the tensors. Errors: not a plain checkpoint."""
+        if self.read("version", 20).strip() not in _VERSIONS or "constants.pkl" in self._records:
+            raise EvlaError(f"{self.path} is a torch archive of another kind or version, not a plain checkpoint.")
+        if "byteorder" in self._records and self.read("byteorder", 20) != b"little":
+            raise EvlaError(f"{self.path} was written on a big-endian machine, which is not supported.")
+        return read_plain_pickle(self.read("data.pkl", _MAX_PICKLE_BYTES), _KNOWN, self.path)
+
+    def tensor(self, name: str, call: Call) -> LazyTensor:
+        """The tensor that `call` would make. Errors: anything that torch.save does not write, storages that lie."""
+        function, arguments = call
+        if function == _REBUILD_FROM_TYPE and len(arguments) == 4 and arguments[1] in _TENSOR_TYPES:
+            function, _, arguments, attributes = arguments
+            if type(attributes) is not dict or any(hasattr(torch.Tensor, str(key)) for key in attributes):
+                raise self._corrupt(name)
+        if function == _REBUILD_PARAMETER and type(arguments) is tuple and len(arguments) == 3:
+            inner, needs_gradient, hooks = arguments
+            if not isinstance(inner, Call) or inner.function != _REBUILD_TENSOR:
+                raise self._corrupt(name)
+            tensor = self.tensor(name, inner)
+        elif function == _REBUILD_TENSOR and type(arguments) is tuple and len(arguments) in (6, 7):
+            storage, offset, shape, stride, needs_gradient, hooks, *metadata = arguments
+            if any(metadata):
+                raise EvlaError(
+                    f"{self.path}: {name} is a view whose negation is pending; save it as a tensor of its own "
+                    "(torch.Tensor.resolve_neg)."
+                )
+            tensor = self._strided(name, storage, offset, shape, stride)
+        else:
+            raise self._corrupt(name)
+        if type(needs_gradient) is not bool or hooks or (needs_gradient and not tensor.dtype.is_floating_point):
+            raise self._corrupt(name)
+        return tensor
+
+    def _strided(self, name: str, storage: Any, offset: Any, shape: Any, stride: Any) -> LazyTensor:
+        dtype, begin, limit = self._storage(name, storage)
+        tuples = type(shape) is type(stride) is tuple and len(shape) == len(stride) <= _MAX_DIMS
+        if not tuples or not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *stride)):
+            raise self._corrupt(name)
+        begin += offset * dtype.itemsize
         if 0 in shape or stride == _row_major(shape):
-            return self._file.tensor("a tensor", dtype, shape, start, limit)
+            return self._file.tensor(name, dtype, shape, begin, limit)
         # A transposed or strided view: map the span that it covers.
         span = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
-        base = self._file.tensor("a tensor", dtype, (span,), start, limit)
+        base = self._file.tensor(name, dtype, (span,), begin, limit)
+        if prod(shape) * dtype.itemsize > self._file.size:
+            raise EvlaError(f"{self.path}: {name} repeats its elements until it is larger than the whole file.")
         return LazyTensor(dtype, shape, lambda: base.load().as_strided(shape, stride).contiguous())
+
+    def _storage(self, name: str, storage: Any) -> tuple[torch.dtype, int, int]:
+        """dtype, first byte and end of a storage's record."""
+        pid = storage.id if isinstance(storage, Persistent) else None
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or type(pid[2]) is not str:
+            raise self._corrupt(name)
+        _, kind, key, device, num_elements = pid
+        dtype = _STORAGE_TYPES.get(kind) if type(kind) is Global else None
+        record = self._records.get(f"data/{key}")
+        if dtype is None or record is None or type(device) is not str or type(num_elements) is not int:
+            raise self._corrupt(name)
+        start, size, _ = record
+        if num_elements * dtype.itemsize != size:
+            raise EvlaError(
+                f"{self.path} is truncated or corrupt: the storage of {name} should have {num_elements} elements, its "
+                f"record has {size} bytes."
+            )
+        if self._storages.setdefault(key, pid) != pid:
+            raise EvlaError(f"{self.path} is corrupt: it says two different things of the storage of {name}.")
+        return dtype, start, start + size
+
+    def _corrupt(self, name: str) -> EvlaError:
+        return EvlaError(f"{self.path} is corrupt: {name} is not a tensor as torch.save writes one.")
+
+
+def _encoding(entry: zipfile.ZipInfo) -> str:
+    return "utf-8" if entry.flag_bits & _UTF8_NAME else "cp437"
+
+
+def _leaves(path: Path, tree: Any, keys: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What stands in nested dicts; an empty dict inside counts."""
+    if not isinstance(tree, dict) or (keys and not tree):
+        yield keys, tree
+        return
+    if len(keys) == _MAX_DEPTH:
+        raise EvlaError(f"{path}: its dicts are nested more than {_MAX_DEPTH} deep.")
+    for key, value in tree.items():
+        yield from _leaves(path, value, (*keys, key))
+
+
+def _check_plain(path: Path, name: str, value: Any) -> None:
+    """Refuse what cannot be written again as it is: tensors in lists, Python objects, nesting without end."""
+    waiting, num_seen = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        num_seen += 1
+        if isinstance(item, Call | Global | Persistent):
+            raise EvlaError(f"{path}: {name} holds a tensor in a list, or something that is no plain value.")
+        if depth > _MAX_DEPTH or num_seen > _MAX_ENTRIES:
+            raise EvlaError(f"{path}: {name} is nested more than {_MAX_DEPTH} deep, or without end.")
+        if isinstance(item, dict):
+            waiting += [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += [(inner, depth + 1) for inner in item]
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -224,16 +306,6 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(stride)
         stride *= length
     return tuple(reversed(strides))
-
-
-def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, dict):
-        if len(keys) > 16:
-            raise EvlaError("The checkpoint's dicts are nested more than 16 deep.")
-        for key, value in tree.items():
-            yield from _leaves(value, (*keys, str(key)))
-    else:
-        yield keys, tree
 
 
 # Writing
@@ -275,7 +347,7 @@ def _pickle(tree: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _insert(tree: dict[str, Any], keys: tuple[str, ...], leaf: Any) -> None:
+def _insert(tree: dict[Any, Any], keys: tuple[str | int, ...], leaf: Any) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, OrderedDict())
     tree[keys[-1]] = leaf
