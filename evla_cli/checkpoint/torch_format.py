@@ -6,6 +6,7 @@ them, with `weights_only=True` and with `mmap=True`.
 """
 
 import io
+import os
 import pickle
 import struct
 import zipfile
@@ -42,6 +43,7 @@ _END_RECORD = struct.Struct("<4s4H2LH")  # of a zip archive without a comment
 _UTF8_NAME = 0x800
 _ZIP_FLAGS = _UTF8_NAME | 0x8  # of a record: sizes repeated after its data
 _VERSIONS = tuple(str(version).encode() for version in range(1, 11))  # of the archive; torch.save writes 3
+_OTHER_KINDS = frozenset({"constants.pkl", ".data/version"})  # TorchScript's
 # A 7 B checkpoint's pickle has 0.2 MB and a thousand entries. One byte of pickle can take 70 of memory.
 _MAX_PICKLE_BYTES = 8_000_000
 _MAX_ENTRIES = 100_000
@@ -198,7 +200,7 @@ class _Archive:
 
     def tree(self) -> Any:
         """The pickled dicts, lists and plain values, with `Call`s for the tensors. Errors: not a plain checkpoint."""
-        if self.read("version", 20).strip() not in _VERSIONS or "constants.pkl" in self._records:
+        if self.read("version", 20).strip() not in _VERSIONS or not _OTHER_KINDS.isdisjoint(self._records):
             raise EvlaError(f"{self.path} is a torch archive of another kind or version, not a plain checkpoint.")
         if "byteorder" in self._records and self.read("byteorder", 20) != b"little":
             raise EvlaError(f"{self.path} was written on a big-endian machine, which is not supported.")
@@ -236,10 +238,11 @@ class _Archive:
         if not tuples or not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *stride)):
             raise self._corrupt(name)
         begin += offset * dtype.itemsize
-        if 0 in shape or stride == _row_major(shape):
+        steps = list(zip(shape, stride, _row_major(shape), strict=True))
+        if 0 in shape or all(step == row_major for length, step, row_major in steps if length != 1):
             return self._file.tensor(name, dtype, shape, begin, limit)
         # A transposed or strided view: map the span that it covers.
-        span = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+        span = 1 + sum((length - 1) * step for length, step, _ in steps)
         base = self._file.tensor(name, dtype, (span,), begin, limit)
         if prod(shape) * dtype.itemsize > self._file.size:
             raise EvlaError(f"{self.path}: {name} repeats its elements until it is larger than the whole file.")

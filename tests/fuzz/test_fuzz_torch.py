@@ -31,7 +31,7 @@ _STORAGES = ["FloatStorage", "DoubleStorage", "HalfStorage", "BFloat16Storage", 
 _OTHER_STORAGES = ["BoolStorage", "ComplexFloatStorage", "QInt8Storage", "UntypedStorage", "TypedStorage"]
 
 
-@pytest.mark.parametrize("num_cases", [400, pytest.param(12000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [400, pytest.param(5000, marks=pytest.mark.fuzz)])
 def test_torch(num_cases: int, tmp_path: Path, counted: Any) -> None:
     path, copy = tmp_path / "m.pt", tmp_path / "copy.pt"
 
@@ -75,7 +75,9 @@ def assert_same(tensors: dict[str, torch.Tensor], others: dict[str, Any], refere
     assert set(tensors) == set(found)
     for name, tensor in tensors.items():
         assert (tensor.dtype, tensor.shape) == (found[name].dtype, found[name].shape), name
-        assert tensor_bytes(tensor) == tensor_bytes(found[name].detach().resolve_neg()), name
+        assert tensor_bytes(tensor) == tensor_bytes(
+            found[name].detach().clone(memory_format=torch.contiguous_format)
+        ), name
     assert repr(others) == repr({name: leaf for name, leaf in expected.items() if name not in found})
 
 
