@@ -7,7 +7,8 @@ Every job is a process of its own. Its anonymous memory (RssAnon: what only this
 (RSS: with the pages of mapped files, which the system can drop) are sampled 50 times a second; what it read from the
 disk is the system's count. "Cold" means that the source's pages were dropped from the page cache before, "warm" that it
 was read through once. The baselines: `cp` for what writes a checkpoint, one forward pass of the wholly loaded model
-over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted).
+over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted). "prune"
+follows a plan; "decide+prune" chooses layers and rows first, by importance and by magnitude.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 EVLA = [sys.executable, "-m", "evla_cli"]
 GIB = 2**30
-JOBS = ("help", "cp", "prune", "export", "verify", "act", "bare", "analyze")
+JOBS = ("help", "cp", "decide+prune", "prune", "export", "verify", "act", "bare", "analyze")
 
 
 @dataclass
@@ -150,9 +151,13 @@ def main() -> None:
     run("cp", ["cp", "-r", str(source), str(work / "copy")], source, keep=work / "copy")
     shutil.rmtree(work / "copy", ignore_errors=True)
     pruned, bundle = work / "pruned", work / "bundle"
-    prune = [*EVLA, "prune", str(source), str(pruned), "--importance", str(importance), "--mlp-prune-ratio", "0.25"]
-    prune += ["--drop-layers", str(arguments.drop_layers), "--mlp-method", "magnitude"]
-    run("prune", prune, source, compare="cp", keep=pruned)
+    decide = ["--importance", str(importance), "--drop-layers", str(arguments.drop_layers)]
+    decide += ["--mlp-prune-ratio", "0.25", "--mlp-method", "magnitude"]
+    run("decide+prune", [*EVLA, "prune", str(source), str(pruned), *decide], source, compare="cp", keep=pruned)
+    plan = work / "plan.yaml"
+    if (pruned / "prune_plan.yaml").is_file():
+        shutil.copyfile(pruned / "prune_plan.yaml", plan)
+    run("prune", [*EVLA, "prune", str(source), str(pruned), "--plan", str(plan)], source, compare="cp", keep=pruned)
     export = [*EVLA, "export", str(pruned), str(bundle), "--num-visual-tokens", str(arguments.num_keep)]
     run("export", export, pruned, compare="cp", keep=bundle)
     run("verify", [*EVLA, "verify", str(bundle)], bundle, compare="cp")
