@@ -612,6 +612,7 @@ def test_pickle_of_protocol_0_cannot_call_anything(material):
     def change(directory: Path) -> None:
         with zipfile.ZipFile(directory / PT, "w") as archive:
             archive.writestr("a/data.pkl", b"cos\nsystem\n(S'touch ran'\ntR.")
+            archive.writestr("a/version", b"3\n")
 
     refuse(material, "inspect run", "os.system", change)
 

@@ -161,7 +161,7 @@ class _Archive:
         self._records: dict[str, tuple[int, int, int]] = {}
         file.seek(-_END_RECORD.size, os.SEEK_END)
         signature, *disks, num_here, num_entries, _, _, comment = _END_RECORD.unpack(file.read())
-        counted = num_here == num_entries == min(len(entries), 0xFFFF)
+        counted = num_here == num_entries and num_entries in (len(entries), 0xFFFF)  # 0xFFFF: more, or in zip64's form
         if signature != b"PK\x05\x06" or any(disks) or comment or not counted:
             raise ValueError("its last record is not the end of a directory of all the others")
         borders = [entry.header_offset for entry in entries] + [end]
