@@ -341,6 +341,20 @@ def test_a_source_that_changes_meanwhile(work, command, change):
     assert {path.name for path in work.iterdir()} == {"run", "samples", "recipe.yaml"}
 
 
+@pytest.mark.parametrize("command", ["prune", "export", "analyze"])
+def test_a_source_that_is_cut_short_meanwhile(work, command):
+    """As `torch.save` to the same path does first of all: what is mapped and not yet read is gone."""
+    weights = work / "run/checkpoints/pico.pt"
+    evla = Evla(work, *COMMANDS[command], before=Slow(0.01))
+    wait_for(lambda: evla.has_mapped(weights))
+    os.truncate(weights, 0)
+    assert evla.wait() == 2
+    assert evla.stderr.startswith("Error: ")
+    assert "cut short" in evla.stderr or "changed while it was being read" in evla.stderr
+    assert evla.stderr.count("\n") == 1
+    assert {path.name for path in work.iterdir()} == {"run", "samples", "recipe.yaml"}
+
+
 def test_symlinked_shards(work):
     """As the Hugging Face hub's cache stores them."""
     done(work, *EXPORT)

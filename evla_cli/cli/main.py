@@ -8,7 +8,7 @@ import click
 
 from evla_cli import __version__
 from evla_cli.cli import analyze, export, inspect, predict, prune, run, verify
-from evla_cli.cli.stopping import Stopped, stoppable
+from evla_cli.cli.stopping import stoppable
 from evla_cli.errors import EvlaError
 
 
@@ -30,9 +30,6 @@ class Group(click.Group):
             command = error.ctx.command_path if error.ctx else "evla"
             click.echo(f"Error: {error.format_message().rstrip('.')}. See {command} --help.", err=True)
             sys.exit(error.exit_code)
-        except Stopped as stopped:
-            click.echo(str(stopped), err=True)
-            sys.exit(stopped.exit_code)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
