@@ -25,7 +25,7 @@ def main() -> None:
 def render() -> str:
     parts = [
         "# Commands\n\nWritten by `make docs` from `--help`. "
-        "Exit codes: 0, 1 for a failed check, 2 for bad usage or input.\n"
+        "Exit codes: 0, 1 for a failed check, 2 for bad usage or input, 130 and 143 for SIGINT and SIGTERM.\n"
     ]
     root = click.Context(cli, info_name="evla", max_content_width=100, terminal_width=100)
     parts.append(_block("evla", cli.get_help(root)))

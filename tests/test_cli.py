@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -265,8 +266,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cogact_run, tmp_path):
     assert text.count("drop") == 2
     assert "decoder layers   6 -> 4" in text
     assert "parameters" in text
+    assert (size := re.search(r"out would take ([0-9,]+) bytes; nothing was written\.$", text))
     assert list(tmp_path.iterdir()) == []
     assert contents(cogact_run) == before
+    evla("prune", cogact_run, tmp_path / "out", "--drop-layer-ids", "3,4")
+    written = (tmp_path / "out/checkpoints/pico.pt").stat().st_size
+    assert int(size[1].replace(",", "")) == pytest.approx(written, rel=0.05)
 
 
 def test_overwrite_replaces_what_evla_wrote(cogact_run, tmp_path):

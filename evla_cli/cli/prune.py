@@ -88,4 +88,9 @@ def command(
         dry_run=dry_run,
         overwrite=overwrite,
     )
-    click.echo(print_json(result.to_record()) if as_json else prune_table(result))
+    if as_json:
+        click.echo(print_json(result.to_record()))
+    else:
+        click.echo(prune_table(result))
+        if dry_run:
+            click.echo(f"{dest} would take {result.bytes_after:,} bytes; nothing was written.")
