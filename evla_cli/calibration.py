@@ -72,7 +72,11 @@ def load_samples(data: Path, kind: str, num_samples: int | None = None) -> list[
 
 def samples_sha256(samples: list[Sample]) -> str:
     """Of the content of the samples that are used, in order: pixels as stored, instructions, texts."""
-    return hashlib.sha256("".join(sample.content_sha256() for sample in samples).encode()).hexdigest()
+    return combined_sha256([sample.content_sha256() for sample in samples])
+
+
+def combined_sha256(digests: list[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def decode_image(data: bytes, where: str) -> "Image":

@@ -1,5 +1,6 @@
 """What evla does, from top to bottom: analyze, prune, export, run. Each stage reads files and writes files."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
-from evla_cli.calibration import decode_image, load_samples, samples_sha256
+from evla_cli.calibration import combined_sha256, decode_image, load_samples
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
@@ -31,6 +32,7 @@ from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream
 from evla_cli.plan import PLAN, SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
+from evla_cli.ranks import ALONE, Ranks
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
@@ -50,27 +52,34 @@ def analyze(
     dtype: str = "float32",
     memory_budget: str | None = None,
     with_action_head: bool = False,
+    ranks: Ranks = ALONE,
 ) -> LayerImportance:
     """How much every decoder layer does on the samples in `data`. Layers are read one at a time.
 
     Args:
         memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
+        ranks: of a job whose processes share the samples; each of them returns the result for all samples.
     """
-    check_device(device)
-    checkpoint = open_checkpoint(source)
-    if checkpoint.tokenizer_dir is None:
-        raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
-    samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
+    with ranks.first_goes_first():
+        check_device(device)
+        checkpoint = open_checkpoint(source)
+        if checkpoint.tokenizer_dir is None:
+            raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
+        samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
+    # Whole batches, so that every one is padded and computed as it would be by a single process.
+    batches = ranks.share(math.ceil(len(samples) / batch_size))
+    mine = samples[batches.start * batch_size : batches.stop * batch_size]
     reader, weight_bytes = checkpoint.reader, total_bytes(checkpoint.weights)
     with torch.inference_mode():
         stream = DecoderStream(
             checkpoint,
-            samples,
+            mine,
             batch_size,
             DTYPES[dtype],
             device,
             memory_budget=None if memory_budget is None else parse_size(memory_budget),
-            on_bytes=lambda num_bytes: reader.read_ahead.advance(num_bytes / weight_bytes),
+            # The first rank alone hashes the checkpoint.
+            on_bytes=(lambda count: reader.read_ahead.advance(count / weight_bytes)) if ranks.first else None,
         )
         scores = []
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
@@ -81,16 +90,17 @@ def analyze(
                     batch.hidden_states.copy_(output)
                     similarities += values
                     bar.update()
-                scores.append(LayerScore(index, *importance_and_error(similarities)))
-        action_head = _denoise_similarity(checkpoint, stream) if with_action_head else None
-    checkpoint_sha256 = reader.sha256
+                scores.append(LayerScore(index, *importance_and_error(ranks.gather(similarities))))
+        action_head = _denoise_similarity(checkpoint, stream, ranks) if with_action_head else None
+    (checkpoint_sha256,) = ranks.gather([reader.sha256] if ranks.first else [])
     reader.check_unchanged()
+    digests = ranks.gather([sample.content_sha256() for sample in mine])
     return LayerImportance(
         schema_version=SCHEMA_VERSION,
         metric="block_influence",
         num_samples=len(samples),
         checkpoint_sha256=checkpoint_sha256,
-        samples_sha256=samples_sha256(samples),
+        samples_sha256=combined_sha256(digests),
         layers=tuple(scores),
         family=checkpoint.family.name,
         dtype=dtype,
@@ -99,13 +109,14 @@ def analyze(
     )
 
 
-def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream) -> dict[str, Any] | None:
+def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ranks) -> dict[str, Any] | None:
     """How alike the action head's denoising steps are, given the cognition tokens of the samples."""
     if checkpoint.family.action_head is None:
         return None
     norm = stream.load_part(f"{checkpoint.family.decoder}.norm")
     tokens = [cognition_token(norm(batch.hidden_states), batch.mask) for batch in stream.batches]
-    return denoise_similarity(stream.load_part(checkpoint.family.action_head), torch.cat(tokens))
+    everyones = torch.cat(ranks.gather([token.cpu() for token in tokens])).to(stream.device)
+    return denoise_similarity(stream.load_part(checkpoint.family.action_head), everyones)
 
 
 def analyze_to_file(
@@ -116,13 +127,17 @@ def analyze_to_file(
     figures: Path | None = None,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> LayerImportance:
-    """`analyze`, its result written to `output`, and its pictures into `figures`."""
+    """`analyze`, its result written to `output`, and its pictures into `figures`, both by the first rank."""
+    options |= {"with_action_head": figures is not None, "ranks": ranks}
+    if not ranks.first:
+        return analyze(source, data, **options)
     with new_file(output, overwrite) as staging:
         if figures is not None:
             check_figures(figures, overwrite)
-        result = analyze(source, data, with_action_head=figures is not None, **options)
+        result = analyze(source, data, **options)
         write_text(staging, result.to_json())
         if on_complete:
             on_complete(staging)

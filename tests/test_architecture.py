@@ -20,6 +20,7 @@ LAYERS = [
     {"families"},
     {"plan", "settings", "calibration"},
     {"checkpoint"},
+    {"ranks"},
     {"schema", "progress"},
     {"errors"},
 ]

@@ -9,6 +9,7 @@ EXAMPLE = """
 Examples:
   evla analyze cogact-base/ --samples calibration/ -o importance.json
   evla analyze llama/ --samples texts.jsonl -o importance.json --num-samples 64 --figures figures/
+  torchrun --nproc-per-node 8 -m evla_cli analyze llama/ --samples texts.jsonl -o importance.json --device cuda
 """
 
 
@@ -42,20 +43,26 @@ def command(
 
     The importance of a layer is 1 minus the mean cosine of its input and output over calibration samples: a layer that
     changes nothing scores 0. Layers are read one at a time, so a checkpoint need not fit into memory.
+
+    Processes that torchrun starts share the samples; the first of them writes and prints.
     """
     from evla_cli import pipeline
     from evla_cli.evaluation.report import importance_table
+    from evla_cli.ranks import torchrun_ranks
 
-    result = pipeline.analyze_to_file(
-        source,
-        data,
-        output,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        figures=figures,
-        overwrite=overwrite,
-    )
-    click.echo(result.to_json() if as_json else importance_table(result), nl=not as_json)
+    with torchrun_ranks(device) as (ranks, own_device):
+        result = pipeline.analyze_to_file(
+            source,
+            data,
+            output,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            device=own_device,
+            dtype=dtype,
+            memory_budget=memory_budget,
+            figures=figures,
+            overwrite=overwrite,
+            ranks=ranks,
+        )
+    if ranks.first:
+        click.echo(result.to_json() if as_json else importance_table(result), nl=not as_json)

@@ -61,7 +61,8 @@ class DecoderStream:
         memory_budget: int | None = None,
         on_bytes: Callable[[int], Any] | None = None,
     ):
-        self._checkpoint, self._dtype, self._device, self._on_bytes = checkpoint, dtype, device, on_bytes
+        self.device = device
+        self._checkpoint, self._dtype, self._on_bytes = checkpoint, dtype, on_bytes
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         move_buffers(self._model, device)
         for parameter in self._model.parameters():
@@ -88,6 +89,9 @@ class DecoderStream:
 
     def layers(self) -> Iterator[nn.Module]:
         """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there."""
+        if not self.batches:  # nothing is to be read for
+            yield from self._layers
+            return
         with ThreadPoolExecutor(1, "evla-next-layer") as reader:
             following = reader.submit(self._read_layer, 0)
             for index, layer in enumerate(self._layers):
@@ -118,7 +122,7 @@ class DecoderStream:
 
     def _read_weight(self, name: str) -> Tensor:
         lazy = self._checkpoint.weights[name]
-        tensor = load_finite(name, lazy).to(self._device, self._dtypes.get(name, self._dtype))
+        tensor = load_finite(name, lazy).to(self.device, self._dtypes.get(name, self._dtype))
         if self._on_bytes:
             self._on_bytes(lazy.num_bytes)
         return tensor
@@ -128,7 +132,7 @@ class DecoderStream:
         recorders = [_Recorder() for _ in self._layers]
         decoder.layers = nn.ModuleList(recorders)
         assert self._checkpoint.tokenizer_dir is not None
-        like = torch.empty(0, device=self._device, dtype=self._dtype)
+        like = torch.empty(0, device=self.device, dtype=self._dtype)
         try:
             with self._loading_on_first_use(), torch.inference_mode():
                 mask = self._checkpoint.family.embed(self._model, samples, self._checkpoint.tokenizer_dir, like)
