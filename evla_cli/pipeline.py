@@ -394,10 +394,7 @@ def export(
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
 ) -> dict[str, Any]:
-    """Write a self-contained bundle from a checkpoint that acts, then check what was written.
-
-    Weights are looked at for NaN and hashed as they pass; what is on the disk is read again by `evla verify` alone.
-    """
+    """Write a self-contained bundle from a checkpoint that acts, then read it again and check all that `verify` does."""
     checkpoint = open_checkpoint(source)
     shard_bytes = parse_size(max_shard_size)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
@@ -408,7 +405,7 @@ def export(
         with _byte_progress("exporting", weights, checkpoint.reader) as on_bytes:
             hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
-        facts = verify_bundle(staging, every_byte=False)
+        facts = verify_bundle(staging)
         checkpoint.reader.check_unchanged()
         if on_complete:
             on_complete(staging)

@@ -1,12 +1,16 @@
 """Streaming: what is held in memory, in which precision, and in which order files are read and written."""
 
+import errno
+import fcntl
 import hashlib
+import os
 import shutil
 import threading
 import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -231,29 +235,66 @@ class TestReadAhead:
 
 
 class TestOutputFile:
-    def test_hash_is_the_files(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(output_file, "_CHUNK_BYTES", 7)
-        monkeypatch.setattr(output_file, "_SYNC_BYTES", 11)
+    @pytest.mark.parametrize("cached", [False, True])
+    @pytest.mark.parametrize("sizes", [[], [1], [8192], [3, 0, 4096, 5000], [4096, 20_000, 1], [12_288 * 20]])
+    def test_holds_what_was_written(self, sizes, cached, tmp_path, monkeypatch):
+        monkeypatch.setattr(output_file, "_BUFFER_BYTES", 12_288)
+        if cached:
+            monkeypatch.setattr(output_file, "_DIRECT", 0)
+        parts = [np.random.default_rng(size).bytes(size) for size in sizes]
         with OutputFile(tmp_path / "f") as file:
-            for part in (b"", b"abc", b"defghijklmnopq", bytes(100)):
+            for part in parts:
                 file.write(part)
-            assert file.position == 117
-        assert file.sha256 == hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest()
+            assert file.position == sum(sizes)
+        assert (tmp_path / "f").read_bytes() == b"".join(parts)
+        assert file.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def test_on_a_file_system_that_refuses_direct_writes_after_all(self, tmp_path, monkeypatch):
+        write, refused = os.write, []
+
+        def picky(descriptor: int, data: memoryview) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                refused.append(len(data))
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return write(descriptor, data)
+
+        monkeypatch.setattr(output_file.os, "write", picky)
+        with OutputFile(tmp_path / "f") as file:
+            file.write(bytes(10_000))
+        assert (tmp_path / "f").read_bytes() == bytes(10_000)
+        assert len(refused) == 1
+
+    def test_writes_in_parts(self, tmp_path, monkeypatch):
+        write = os.write
+        monkeypatch.setattr(output_file.os, "write", lambda descriptor, data: write(descriptor, data[:4096]))
+        data = np.random.default_rng(0).bytes(50_001)
+        with OutputFile(tmp_path / "f") as file:
+            file.write(data)
+        assert (tmp_path / "f").read_bytes() == data
 
     def test_does_not_overwrite(self, tmp_path):
         (tmp_path / "f").write_bytes(b"mine")
         with pytest.raises(FileExistsError):
             OutputFile(tmp_path / "f")
+        assert (tmp_path / "f").read_bytes() == b"mine"
 
-    def test_an_error_of_the_disk_is_raised(self, tmp_path, monkeypatch):
-        def broken(_):
-            raise OSError(5, "Input/output error")
+    @pytest.mark.parametrize("num_writes", [1, 5, 40])  # fewer and more than there are buffers
+    def test_an_error_of_the_disk_is_raised(self, num_writes, tmp_path, monkeypatch):
+        def broken(*_):
+            raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(output_file.os, "fdatasync", broken)
-        monkeypatch.setattr(output_file, "_SYNC_BYTES", 1)
+        monkeypatch.setattr(output_file.os, "write", broken)
+        monkeypatch.setattr(output_file, "_BUFFER_BYTES", 4096)
         with pytest.raises(OSError, match="Input/output"), OutputFile(tmp_path / "f") as file:
-            file.write(b"abc")
+            for _ in range(num_writes):
+                file.write(bytes(4096))
         assert threading.active_count() < 50
+
+    def test_an_error_of_the_caller_is_not_hidden_by_one_of_the_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(output_file.os, "write", lambda *_: 1 / 0)
+        with pytest.raises(KeyError, match="mine"), OutputFile(tmp_path / "f") as file:
+            file.write(bytes(output_file._BUFFER_BYTES))
+            raise KeyError("mine")
 
 
 class TestPrepared:
