@@ -65,8 +65,8 @@ _BITS = {
     torch.float16: (torch.int16, 0x7C00),
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-# numpy lets no other thread run while it works on fewer elements than 500, and no thread could say what is the matter if
-# the mapped file was cut short meanwhile: such tensors are copied first, by torch.
+# numpy lets no other thread run while it works on fewer elements than 500. If the mapped file were cut short meanwhile,
+# no thread could say so: such tensors are copied first, by torch.
 _SMALL_ELEMENTS = 1000
 _CACHED_ELEMENTS = 2**18  # a piece that stays in the processor's cache between the two passes over it
 
@@ -87,7 +87,6 @@ def is_finite(tensor: Tensor) -> bool:
 
 def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Iterator[tuple[str, T]]:
     """Each tensor in turn, checked by `load_finite`, as `prepare` makes it; a thread prepares the next meanwhile."""
-
     _keep_freed_memory()
 
     def load(name: str) -> T:
