@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import evla_cli
+from evla_cli.checkpoint import output_file
 from evla_cli.cli.main import cli
 
 COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict")
@@ -295,6 +298,21 @@ def test_bundle_has_the_documented_files(bundle):
 def test_export_twice_gives_the_same_bytes(bundle, cogact_run, tmp_path):
     evla("export", cogact_run, tmp_path / "again", "--num-visual-tokens", 8)
     assert contents(tmp_path / "again") == contents(bundle)
+
+
+def test_export_reads_again_what_it_wrote(cogact_run, tmp_path, monkeypatch):
+    """A disk that does not keep what it is given."""
+    write = os.write
+
+    def forgetful(descriptor: int, data: memoryview) -> int:
+        kept = bytearray(data)
+        kept[-1] ^= 1
+        return write(descriptor, kept)
+
+    monkeypatch.setattr(output_file, "os", SimpleNamespace(**(vars(os) | {"write": forgetful})))
+    error = evla_error("export", cogact_run, tmp_path / "b", code=1)
+    assert "1 files differ from the manifest (first: model.safetensors)" in error
+    assert not any(tmp_path.iterdir())
 
 
 def test_options_win_over_the_settings_file(cogact_run, tmp_path):
