@@ -147,11 +147,12 @@ def _readme(checkpoint: Checkpoint, settings: InferenceSettings) -> str:
 # A compressed {checkpoint.family.name} policy
 
 Made by `evla export`. {total_elements(checkpoint.weights) / 1e6:,.1f} M parameters; {checkpoint.num_layers} decoder
-layers with an MLP width of {checkpoint.intermediate_size}; {tokens.num_keep or "all"} visual tokens kept;
-{diffusion.num_denoise_steps} denoising steps, the action head computed every {cache.interval}.
+layers with an MLP width of {checkpoint.intermediate_size}; {tokens.num_keep or "all"} visual tokens kept (method
+{tokens.method}); {diffusion.num_denoise_steps} denoising steps, the action head computed every {cache.interval}.
 
     import evla_cli
     policy = evla_cli.load_policy("path/to/this/directory")
+    policy.reset()  # where an episode starts
     actions = policy.predict_action(image, "pick up the red block")  # (horizon, action_dim), in the robot's units
 
 | file | what it is |

@@ -326,6 +326,29 @@ def test_options_win_over_the_settings_file(cogact_run, tmp_path):
     assert facts["bytes"] < (cogact_run / "checkpoints/pico.pt").stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("tokens", "neutral"),
+    [
+        ("{method: evla, num_keep: 8}", False),
+        ("{method: fastv, num_keep: 8}", False),
+        ("{method: random, num_keep: 8, seed: 3}", False),
+        ("{method: vla_cache}", True),  # the first frame of an episode
+        ("{method: none}", True),
+    ],
+)
+def test_every_method_is_exported_verified_and_run(tokens, neutral, cogact_run, image_samples, tmp_path):
+    (tmp_path / "s.yaml").write_text(f"schema_version: 1\nvisual_tokens: {tokens}\naction_cache: {{method: none}}\n")
+    evla("export", cogact_run, tmp_path / "b", "--settings", tmp_path / "s.yaml")
+    evla("export", cogact_run, tmp_path / "plain", "--cache-interval", 1)
+    assert evla_json("verify", tmp_path / "b")["ok"]
+    told = yaml.safe_load((tmp_path / "b/inference.yaml").read_text())
+    assert yaml.safe_load(tokens).items() <= told["visual_tokens"].items()
+    assert told["action_cache"] == {"method": "none"}
+    arguments = ("--image", image_samples / "0.png", "--instruction", "open drawer", "--seed", 3)
+    actions, plain = (evla_json("predict", tmp_path / name, *arguments)["actions"] for name in ("b", "plain"))
+    assert (actions == plain) is neutral
+
+
 def test_shards_are_as_small_as_asked(cogact_run, tmp_path):
     evla("export", cogact_run, tmp_path / "b", "--max-shard-size", "500KB")
     shards = sorted((tmp_path / "b").glob("model-*.safetensors"))
