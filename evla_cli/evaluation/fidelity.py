@@ -35,7 +35,12 @@ def compare_policies(
     seed: int = 0,
     candidate_seed: int | None = None,
 ) -> Fidelity:
-    """Both start denoising from the same noise, unless `candidate_seed` gives the candidate another stream."""
+    """Both start denoising from the same noise, unless `candidate_seed` gives the candidate another stream.
+
+    The samples are one episode: under `vla_cache`, give consecutive frames and a `batch_size` of 1.
+    """
+    for policy in (reference, candidate):
+        policy.reset()
     generators = [torch.Generator().manual_seed(s) for s in (seed, seed if candidate_seed is None else candidate_seed)]
     key = sorted(reference.model.config.norm_stats)[0]  # normalised actions do not depend on it
     cosines, differences, flips = [], [], []

@@ -29,7 +29,10 @@ class Latency:
 def measure_latency(
     policies: Mapping[str, Policy], image: Any, instruction: str, runs: int = 20, warmup: int = 3
 ) -> dict[str, Latency]:
-    """One image and instruction at a time (batch 1, as on a robot), each candidate once a round."""
+    """One image and instruction at a time (batch 1, as on a robot), each candidate once a round.
+
+    The image is always the same: under `vla_cache`, that is a camera before which nothing moves.
+    """
     times: dict[str, dict[str, list[float]]] = {name: {stage: [] for stage in (*STAGES, "total")} for name in policies}
     for round_number in range(warmup + runs):
         for name, policy in policies.items():

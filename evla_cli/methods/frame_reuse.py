@@ -76,9 +76,9 @@ def reuse_shares(entropies: Tensor, scale: float) -> Tensor:
 
 
 def attention_entropy(attention: Tensor, context: Tensor) -> Tensor:
-    """Mean over the context rows: (B, R, T), (B, R) -> (B,)."""
-    entropy = torch.special.entr(attention).sum(dim=2)  # (B, R)
-    return (entropy * context).sum(dim=1) / context.sum(dim=1).clamp(min=1)
+    """Of every layer, mean over the context rows: (B, L, R, T) and (B, R), 1 where a row counts, -> (B, L)."""
+    entropy = torch.special.entr(attention).sum(dim=3)  # (B, L, R)
+    return (entropy * context[:, None]).sum(dim=2) / context.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def patch_similarity(pixels: Tensor, previous: Tensor, num_visual: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The decoder loop of VLA-Cache (arXiv 2502.02175): what did not change since the frame before is not computed anew.
 
-Letters used here: B batch, T positions, V visual tokens, D hidden size, N key-value heads, C head width, L layers.
-The sequence is [BOS] [V visual] [prompt].
+Letters used here: B batch, T positions, V visual tokens, D hidden size, N key-value heads, C head width, L layers,
+R prompt positions. The sequence is [BOS] [V visual] [prompt].
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class FrameCache:
         rotary = full_rotary = decoder.rotary_emb(hidden_states, position_ids=positions[:1])
         attention_mask = causal_mask(decoder, hidden_states, mask)
         slots = positions  # (B, T'), what is computed, as positions
-        keys_values, received, entropies = [], [], []
+        keys_values, attentions = [], []
         for index, layer in enumerate(decoder.layers):
             if index > 0 and counts[index] != counts[index - 1]:
                 # Rows that compute fewer tokens than others repeat BOS in front.
@@ -92,13 +92,11 @@ class FrameCache:
             hidden_states = layer(
                 hidden_states, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=merged
             )
-            attention = prompt_attention(layer, prompt_rows, full_rotary, merged.keys_values[0], mask)
             keys_values.append(merged.keys_values)
-            received.append(attention_received(attention, context)[:, 1 : 1 + num_visual])
-            entropies.append(attention_entropy(attention, context))
-        self.frame = _Frame(
-            prompt, pixels, keys_values, torch.stack(received).mean(dim=0), torch.stack(entropies, dim=1)
-        )
+            attentions.append(prompt_attention(layer, prompt_rows, full_rotary, merged.keys_values[0], mask))
+        attention = torch.stack(attentions, dim=1)  # (B, L, R, T)
+        relevance = attention_received(attention.mean(dim=1), context)[:, 1 : 1 + num_visual]
+        self.frame = _Frame(prompt, pixels, keys_values, relevance, attention_entropy(attention, context))
         return decoder.norm(hidden_states), None if mask is None else mask.gather(1, slots), reuse
 
     def _plan(
@@ -137,9 +135,7 @@ def _computed(reuse: TokenReuse, length: int, num_visual: int) -> tuple[Tensor, 
 
 def _mask(slots: Tensor, positions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(B, 1, T', T), added to the logits: a computed position sees every real one up to itself."""
-    hidden = positions[:, None, :] > slots[:, :, None]
+    hidden = positions[:, None, None, :] > slots[:, None, :, None]
     if mask is not None:
-        hidden = hidden | (mask[:, None, :] == 0)
-    return torch.zeros(hidden.shape, dtype=dtype, device=slots.device).masked_fill(hidden, torch.finfo(dtype).min)[
-        :, None
-    ]
+        hidden = hidden | (mask[:, None, None, :] == 0)
+    return torch.zeros(hidden.shape, dtype=dtype, device=slots.device).masked_fill(hidden, torch.finfo(dtype).min)
