@@ -125,7 +125,7 @@ def literal_pruned_run(model, inputs, settings, choose):
         "instruction": [
             pico.NUM_VISUAL + i for i in range(1, inputs.input_ids.shape[1]) if inputs.instruction_mask[0, i]
         ],
-    }[visual.score_rows]
+    }["cognition" if visual.method == "fastv" else visual.context]
 
     def attention(layer, hidden):
         """Weights (heads, T, T) and the layer's attention output."""
