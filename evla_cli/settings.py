@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class VisualTokenSettings:
-    """What the decoder spares visual tokens: which it keeps, or which it takes over from the frame before.
+    """How the decoder saves work on visual tokens: keeping few of them, or taking some over from the frame before.
 
     Attributes:
         method: "evla" (EfficientVLA, arXiv 2506.10100, section 3.3), "fastv" (arXiv 2403.06764), "random" (a control),

@@ -69,7 +69,7 @@ def select_efficient(scores: Tensor, features: Tensor, settings: VisualTokenSett
 
 
 def select_attended(scores: Tensor, _features: Tensor, settings: VisualTokenSettings) -> TokenSelection:
-    """The tokens of highest attention (FastV, section 4.1)."""
+    """The tokens of highest attention (FastV)."""
     return TokenSelection({"attended": _highest(scores, settings.num_keep)})
 
 
