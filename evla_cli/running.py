@@ -25,7 +25,6 @@ from evla_cli.schema import from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
 STATE = "run.json"
-_SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
 SCHEMA_VERSION = 1
 
 
@@ -97,7 +96,7 @@ def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
 
 def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages") -> list[tuple[str, Path, bool]]:
     root = path.parent / recipe.source
-    small_files = _small_files_sha256(source)
+    small_files = source.small_files_sha256()
 
     def source_sha256() -> str:
         return hashlib.sha256(f"{source.reader.sha256}{small_files}".encode()).hexdigest()
@@ -259,10 +258,3 @@ def _key(stage: str, inputs: dict[str, Any]) -> str:
     return hashlib.sha256(
         json.dumps([__version__, library_versions(), stage, inputs], sort_keys=True).encode()
     ).hexdigest()
-
-
-def _small_files_sha256(source: Checkpoint) -> str:
-    """Of everything that a stage reads from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
-    paths = sorted(path for pattern in _SMALL_FILES for path in source.root.glob(pattern) if path.is_file())
-    lines = [f"{sha256_file(path)}  {path.relative_to(source.root).as_posix()}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,155 +1,90 @@
-"""Closed-loop success of a policy in the demo's Meta-World tasks, controls included, and what weakening it costs.
+"""Closed-loop success of the demo model in its Meta-World tasks, controls included, and what weakening it costs.
 
-    python scripts/eval_demo.py demo/cogact-metaworld --samples demo/samples --results results.json
+    python scripts/eval_demo.py demo/cogact-metaworld --samples demo/samples --work out/eval-demo
 
-Every row runs the same episodes with the same noise, so rows can be compared episode by episode.
+Every row runs the same episodes with the same noise, so rows can be compared episode by episode. What was finished is
+kept in the work folder. Writes the model card.
 """
 
 import argparse
-import json
-import math
-import multiprocessing
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from demo_env import FIRST_SEED, MAX_STEPS, TASKS, DemoEnv
-from torch import nn
 
+from evla_cli import pipeline
 from evla_cli.evaluation.latency import STAGES, measure_latency
-from evla_cli.pipeline import analyze
+from evla_cli.evaluation.rollout import Candidate, evaluate
+from evla_cli.evaluation.success import wilson_interval
+from evla_cli.evaluation.suites import Suite
+from evla_cli.evaluation.suites.metaworld import TASKS, MetaWorld, MetaWorldScene, phrasing
 from evla_cli.runtime.policy import policy_from_checkpoint
 from evla_cli.settings import ActionCacheSettings, DiffusionSettings, InferenceSettings, VisualTokenSettings
 
-
-class ActingPolicy(Protocol):
-    def reset(self, episode: int) -> None:
-        """An episode starts; its number decides every random choice but the noise."""
-
-    def predict_action(self, image: Any, instruction: str, *, seed: int) -> np.ndarray:
-        """uint8 (S, S, 3) and text -> un-normalised actions (H, A); `seed` decides the diffusion noise."""
+TRAINED = "as trained"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """How episodes are run.
+class Opposite(MetaWorld):
+    """A control: the instruction asks for the reverse."""
 
-    Attributes:
-        executed: how many of a chunk's actions are executed before the next prediction.
-        opposite: give the instruction of the reversed task.
-        blind: the camera shows the first frame of another episode for ever.
-    """
+    tasks = tuple(name for name, task in TASKS.items() if task.opposite)
 
-    executed: int = 8
-    opposite: bool = False
-    blind: bool = False
+    def open(self, task: str) -> MetaWorldScene:
+        return _OppositeScene(task)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A policy made worse, or the policy itself."""
-
-    dropped_layers: tuple[int, ...] = ()
-    settings: InferenceSettings = field(default_factory=InferenceSettings)
-
-    def load(self, run: Path) -> ActingPolicy:
-        policy = policy_from_checkpoint(run, self.settings, dtype=torch.float32)
-        llama = policy.model.language_model.model
-        kept = [layer for index, layer in enumerate(llama.layers) if index not in self.dropped_layers]
-        llama.layers = nn.ModuleList(kept)
-        return policy
+class _OppositeScene(MetaWorldScene):
+    def reset(self, seed: int) -> str:
+        super().reset(seed)
+        return phrasing(str(TASKS[self.task].opposite), seed)
 
 
-def evaluate(
-    load_policy: Callable[[], ActingPolicy], episodes: int, trial: Trial | None = None, processes: int = 2
-) -> dict[str, list[bool]]:
-    """Success of every episode by task. Episode i of a task is the same for every policy: its seed decides it all."""
-    trial = trial or Trial()
-    tasks = [task for task in TASKS if not trial.opposite or TASKS[task].opposite]
-    jobs = [(task, first, min(first + 10, episodes)) for first in range(0, episodes, 10) for task in tasks]
-    with multiprocessing.get_context("spawn").Pool(processes, _start, (load_policy,)) as pool:
-        parts = pool.map(partial(_run_episodes, trial=trial), jobs, chunksize=1)
-    return {
-        task: [success for job, part in zip(jobs, parts, strict=True) if job[0] == task for success in part]
-        for task in tasks
-    }
+class Blind(MetaWorld):
+    """A control: the camera shows the first frame of another episode for ever."""
+
+    def open(self, task: str) -> MetaWorldScene:
+        return _BlindScene(task)
 
 
-_policy: ActingPolicy
+class _BlindScene(MetaWorldScene):
+    def reset(self, seed: int) -> str:
+        super().reset(seed + 1000)
+        self._frozen = super().render()
+        return super().reset(seed)
+
+    def render(self) -> np.ndarray:
+        return self._frozen
 
 
-def _start(load_policy: Callable[[], ActingPolicy]) -> None:
-    global _policy
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    _policy = load_policy()
-
-
-def _run_episodes(job: tuple[str, int, int], trial: Trial) -> list[bool]:
-    task, first, end = job
-    env = DemoEnv(task)
-    successes = [run_episode(env, _policy, FIRST_SEED["evaluation"] + i, trial) for i in range(first, end)]
-    env.close()
-    return successes
-
-
-def run_episode(env: DemoEnv, policy: ActingPolicy, seed: int, trial: Trial) -> bool:
-    task = TASKS[env.task]
-    if trial.opposite:
-        task = TASKS[str(task.opposite)]
-    instruction = task.phrasings[seed % len(task.phrasings)]
-    frozen = None
-    if trial.blind:
-        env.reset(seed + 1000)
-        frozen = env.render()
-    env.reset(seed)
-    policy.reset(seed)
-    for step in range(MAX_STEPS):
-        if step % trial.executed == 0:
-            image = env.render() if frozen is None else frozen
-            actions = policy.predict_action(image, instruction, seed=seed * 1000 + step)
-        if env.step(actions[step % trial.executed]):
-            return True
-    return False
-
-
-def wilson_interval(successes: int, episodes: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a success rate (Wilson)."""
-    rate, spread = successes / episodes, z * z / episodes
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / episodes + spread / episodes / 4) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def rows(run: Path, samples: Path, episodes: int, fewer: int) -> dict[str, tuple[Variant, Trial, int]]:
-    """What is measured: name -> policy, trial, episodes per task."""
-    ranked = sorted(analyze(run, samples).layers, key=lambda layer: layer.importance, reverse=True)
+def without_layers(run: Path, samples: Path, work: Path) -> dict[str, Candidate]:
+    """Pruned copies of the run: row -> candidate."""
+    ranked = sorted(pipeline.analyze(run, samples).layers, key=lambda layer: layer.importance, reverse=True)
     most, least = (tuple(layer.index for layer in layers) for layers in (ranked[:3], ranked[:-4:-1]))
+    rows = {
+        f"without the 3 most important layers {most}": most,
+        f"without the 3 least important layers {least}": least,
+        f"without the least important layer ({least[0]})": least[:1],
+    }
+    candidates = {}
+    for name, layers in rows.items():
+        pruned = work / f"without-{'-'.join(map(str, layers))}"
+        pipeline.prune(run, pruned, drop_ids=layers, protect_first=0, overwrite=True)
+        candidates[name] = Candidate(name, pruned, InferenceSettings())
+    return candidates
+
+
+def with_settings(run: Path) -> dict[str, Candidate]:
     # The lower half of this language model finds hand and object, so its tokens can leave from layer 4 on, not before.
-    fewer_tokens = {}
+    rows = {}
     for num_keep, layer in ((28, 4), (14, 4), (14, 6)):
         for method, how in (("random", "at random"), ("evla", "by score")):
             tokens = VisualTokenSettings(num_keep, layer, method=method)
-            name = f"{num_keep} of 64 visual tokens from layer {layer}, {how}"
-            fewer_tokens[name] = (Variant(settings=InferenceSettings(visual_tokens=tokens)), Trial(), fewer)
+            rows[f"{num_keep} of 64 visual tokens from layer {layer}, {how}"] = InferenceSettings(visual_tokens=tokens)
+    rows["2 denoising steps"] = InferenceSettings(diffusion=DiffusionSettings(num_denoise_steps=2))
     cached = InferenceSettings(action_cache=ActionCacheSettings(interval=5))
-    two_steps = InferenceSettings(diffusion=DiffusionSettings(num_denoise_steps=2))
-    return {
-        "as trained": (Variant(), Trial(), episodes),
-        "control: opposite instruction": (Variant(), Trial(opposite=True), fewer),
-        "control: blind": (Variant(), Trial(blind=True), fewer),
-        f"without the 3 most important layers {most}": (Variant(most), Trial(), fewer),
-        f"without the 3 least important layers {least}": (Variant(least), Trial(), fewer),
-        f"without the least important layer ({least[0]})": (Variant(least[:1]), Trial(), fewer),
-        **fewer_tokens,
-        "2 denoising steps": (Variant(settings=two_steps), Trial(), episodes),
-        "10 denoising steps, head cached at 8 of them": (Variant(settings=cached), Trial(), fewer),
-    }
+    rows["10 denoising steps, head cached at 8 of them"] = cached
+    return {name: Candidate(name, run, settings) for name, settings in rows.items()}
 
 
 def stage_shares(run: Path) -> dict[str, float]:
@@ -161,42 +96,56 @@ def stage_shares(run: Path) -> dict[str, float]:
     return {stage: round(latency.median(stage), 2) for stage in STAGES}
 
 
-def measure(run: Path, samples: Path, results_file: Path, episodes: int, fewer: int, processes: int) -> None:
-    """Run every row that `results_file` does not hold yet, and write the model card from all of them."""
-    results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    planned = rows(run, samples, episodes, fewer)
-    for name, (variant, trial, count) in planned.items():
-        if name in results:
-            continue
-        started = time.time()
-        results[name] = evaluate(partial(variant.load, run), count, trial, processes)
-        print(f"{name}: {rate(results[name])}, {time.time() - started:.0f} s", flush=True)
-        results_file.write_text(json.dumps(results))
-    if "stages" not in results:
-        results["stages"] = stage_shares(run)
-        results_file.write_text(json.dumps(results))
-    card = model_card({name: results[name] for name in planned}, results["stages"])
-    (run / "README.md").write_text(card, encoding="utf-8")
+def measure(run: Path, samples: Path, work: Path, episodes: int, fewer: int, processes: int) -> None:
+    """Run what the logs in `work` lack, and write the model card."""
+    work.mkdir(parents=True, exist_ok=True)
+    trained = Candidate(TRAINED, run, InferenceSettings())
+    variants = without_layers(run, samples, work) | with_settings(run)
+    two_steps = "2 denoising steps"
+
+    def rows(suite: Suite, log: str, candidates: list[Candidate], count: int) -> list[dict[str, Any]]:
+        options: dict[str, Any] = {"episodes": count, "num_workers": processes, "dtype": "float32"}
+        return evaluate([trained, *candidates], suite, work / f"{log}.jsonl", **options)["candidates"]
+
+    first, steps = rows(MetaWorld(), "policies", [variants[two_steps]], episodes)
+    fewer_first, *others = rows(
+        MetaWorld(), "policies", [variant for name, variant in variants.items() if name != two_steps], fewer
+    )
+    table = {
+        f"control: {name}": control_row(suite, rows(suite, name.split()[0], [], fewer)[0], fewer_first)
+        for name, suite in (("opposite instruction", Opposite()), ("blind", Blind()))
+    }
+    table |= {row["name"]: paired_row(row) for row in (*others[:-1], steps, others[-1])}
+    (run / "README.md").write_text(model_card(first, table, stage_shares(run)), encoding="utf-8")
 
 
-def rate(success: dict[str, list[bool]]) -> str:
-    total, count = sum(map(sum, success.values())), sum(map(len, success.values()))
+def control_row(suite: Suite, row: dict[str, Any], trained: dict[str, Any]) -> tuple[str, str]:
+    """Success under the control, and without it in the same episodes."""
+    same = [trained["tasks"][task] for task in suite.tasks]
+    return rate(row["all"]), rate({key: sum(task[key] for task in same) for key in ("successes", "episodes")})
+
+
+def paired_row(row: dict[str, Any]) -> tuple[str, str]:
+    everything, against = row["all"], row["against_first"]
+    same = {"successes": everything["successes"] - against["gained"] + against["lost"]}
+    return rate(everything), rate(everything | same)
+
+
+def rate(row: dict[str, Any]) -> str:
+    total, count = row["successes"], row["episodes"]
     low, high = wilson_interval(total, count)
     return f"{total}/{count} = {total / count:.0%} ({low:.0%} to {high:.0%})"
 
 
-def model_card(results: dict[str, dict[str, list[bool]]], stages: dict[str, float]) -> str:
+def model_card(trained: dict[str, Any], others: dict[str, tuple[str, str]], stages: dict[str, float]) -> str:
     """README.md of the run: how it was made and what was measured."""
-    dense = results["as trained"]
-    per_task = [f"| {task} | {rate({task: success})} |" for task, success in dense.items()]
-    others = []
-    for name, success in list(results.items())[1:]:
-        same = {task: dense[task][: len(episodes)] for task, episodes in success.items()}  # the same episodes
-        others.append(f"| {name} | {rate(success)} | {rate(same)} |")
     total = sum(stages.values())
     times = [f"| {stage.replace('_', ' ')} | {value:.1f} | {value / total:.0%} |" for stage, value in stages.items()]
     return _CARD.format(
-        total=rate(dense), per_task="\n".join(per_task), others="\n".join(others), times="\n".join(times)
+        total=rate(trained["all"]),
+        per_task="\n".join(f"| {task} | {rate(row)} |" for task, row in trained["tasks"].items()),
+        others="\n".join(f"| {name} | {mine} | {same} |" for name, (mine, same) in others.items()),
+        times="\n".join(times),
     )
 
 
@@ -265,12 +214,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--episodes", type=int, default=50, help="per task, of the policy as trained")
+    parser.add_argument("--episodes", type=int, default=50, help="per task, of the policy as trained and of 2 steps")
     parser.add_argument("--fewer", type=int, default=15, help="per task, of every other row")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--results", type=Path, required=True, help="JSON; rows that it holds already are kept")
+    parser.add_argument("--work", type=Path, required=True, help="for logs and pruned copies")
     args = parser.parse_args()
-    measure(args.run, args.samples, args.results, args.episodes, args.fewer, args.processes)
+    measure(args.run, args.samples, args.work, args.episodes, args.fewer, args.processes)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from demo_env import ACTION_DIM, HORIZON, IMAGE_SIZE, TASKS, record
+from demo_env import ACTION_DIM, HORIZON, record
 from eval_demo import measure
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evla_cli.checkpoint.files import write_json
 from evla_cli.checkpoint.tensors import LazyTensor
+from evla_cli.evaluation.suites.metaworld import IMAGE_SIZE, TASKS
 from evla_cli.families.cogact import NativeNames, native_paths, write_llm_config
 from evla_cli.models.cogact import CogACTConfig, CogACTForActionPrediction, cognition_token
 from evla_cli.models.diffusion import NoiseSchedule
@@ -521,7 +522,7 @@ def main() -> None:
     run = args.output / "cogact-metaworld"
     write_run(run, weights, statistics, args.seed)
     write_samples(args.output / "samples", Data(args.work / "data", "samples"))
-    measure(run, args.output / "samples", args.work / "results.json", 50, 15, args.processes)
+    measure(run, args.output / "samples", args.work / "evaluation", 50, 15, args.processes)
 
 
 if __name__ == "__main__":

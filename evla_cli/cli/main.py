@@ -8,6 +8,7 @@ import click
 
 from evla_cli import __version__
 from evla_cli.cli import analyze, export, inspect, predict, prune, run, verify
+from evla_cli.cli import eval as eval_
 from evla_cli.cli.stopping import stoppable
 from evla_cli.errors import EvlaError
 
@@ -45,8 +46,9 @@ def cli() -> None:
     evla run      RECIPE.yaml                    all three, resumable
     evla verify   BUNDLE                         is it whole, and does it fit its settings?
     evla predict  BUNDLE ...                     one action chunk
+    evla eval     A B ... --suite SUITE          how often they succeed in closed loop
     """
 
 
-for module in (inspect, analyze, prune, export, run, verify, predict):
+for module in (inspect, analyze, prune, export, run, verify, predict, eval_):
     cli.add_command(module.command)

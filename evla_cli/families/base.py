@@ -10,12 +10,14 @@ How to add a family
 """
 
 import copy
+import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evla_cli.checkpoint.files import sha256_file
 from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.errors import EvlaError
@@ -124,6 +126,14 @@ class Checkpoint:
     def intermediate_size(self) -> int:
         return self.decoder_config["intermediate_size"]
 
+    def small_files_sha256(self) -> str:
+        """Of everything that is read from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
+        paths = sorted(path for pattern in _SMALL_FILES for path in self.root.glob(pattern) if path.is_file())
+        lines = [f"{sha256_file(path)}  {path.relative_to(self.root).as_posix()}\n" for path in paths]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+_SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
 
 # Per-layer lists in the configs of decoders; a config with a list of the wrong length does not load.
 LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")

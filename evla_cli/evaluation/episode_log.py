@@ -1,0 +1,156 @@
+"""The log of `evla eval`: JSON lines, each written when an episode ends; a run goes on where the log ends.
+
+{"evla_eval": 1, "suite": "metaworld", "first_seed": 30000, ...}                      what all episodes share
+{"candidate": "bundle", "identity": {"manifest_sha256": "...", "settings": {...}}}    before its first episode
+{"candidate": "bundle", "task": "drawer-open", "episode": 0, "seed": 30000, "success": true, "steps": 61}
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from evla_cli.checkpoint.files import parse_json
+from evla_cli.checkpoint.outputs import locked
+from evla_cli.errors import EvlaError
+from evla_cli.evaluation.suites import Outcome, Trial
+
+_VERSION = 1
+Key = tuple[str, str, int]  # candidate, task, number of the episode
+
+
+class EpisodeLog:
+    """Held by one process at a time. What a killed process began to write, a line without its end, is cut off."""
+
+    def __init__(self, path: Path, file: FileIO):
+        self._path, self._file = path, file
+        self._header: dict[str, Any] | None = None
+        self._identities: dict[str, Any] = {}
+        self._success: dict[Key, bool] = {}
+        self._whole = 0  # bytes up to the end of the last whole line
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: Path, header: Mapping[str, Any], identities: Mapping[str, dict[str, Any]]
+    ) -> "Iterator[EpisodeLog]":
+        """
+        Args:
+            header: what all episodes share.
+            identities: of the candidates, by name.
+
+        Errors: another process writes it; it is no such log, or one of other candidates or another header.
+        """
+        if not path.parent.is_dir():
+            raise EvlaError(f"{path.parent} does not exist or is not a directory; create it first.")
+        with locked(path.with_name(f".{path.name}.lock"), path), _opened(path) as file:
+            log = cls(path, file)
+            log._read()
+            log._begin(json.loads(json.dumps(header)), identities)
+            yield log
+
+    def holds(self, candidate: str, trial: Trial) -> bool:
+        return _key(candidate, trial) in self._success
+
+    def success(self, candidate: str, trial: Trial) -> bool:
+        return self._success[_key(candidate, trial)]
+
+    def add(self, candidate: str, trial: Trial, outcome: Outcome) -> None:
+        """Errors: the log holds the episode, and it ended otherwise."""
+        if self.holds(candidate, trial):  # it was run again for its video
+            if self.success(candidate, trial) != outcome.success:
+                raise EvlaError(
+                    f"{candidate}, {trial.task}, episode {trial.number} ended otherwise than {self._path} says: "
+                    "something it does not know of has changed. Name another file."
+                )
+            return
+        self._write(
+            {
+                "candidate": candidate,
+                "task": trial.task,
+                "episode": trial.number,
+                "seed": trial.seed,
+                "success": outcome.success,
+                "steps": outcome.steps,
+            }
+        )
+        self._success[_key(candidate, trial)] = outcome.success
+
+    def _begin(self, header: dict[str, Any], identities: Mapping[str, dict[str, Any]]) -> None:
+        """Compare what was read with what is given, and write what is missing of it."""
+        if self._header is not None:
+            self._refuse_other(self._header, header, "")
+            if self._identities and not self._identities.keys() & identities.keys():
+                raise EvlaError(
+                    f"{self._path} is the log of other candidates ({', '.join(self._identities)}). Name another file."
+                )
+        for name, identity in identities.items():
+            if name in self._identities:
+                self._refuse_other(self._identities[name], identity, f"{name}'s ")
+        self._file.truncate(self._whole)
+        if self._header is None:
+            self._write({"evla_eval": _VERSION, **header})
+        for name, identity in identities.items():
+            if name not in self._identities:
+                self._write({"candidate": name, "identity": identity})
+
+    def _refuse_other(self, logged: dict[str, Any], given: dict[str, Any], whose: str) -> None:
+        for key in {**logged, **given}:
+            if logged.get(key) != given.get(key):
+                raise EvlaError(
+                    f"{self._path} is the log of another evaluation: {whose}{key} is {_short(logged.get(key))} there, "
+                    f"{_short(given.get(key))} here. Name another file."
+                )
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        self._whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[: self._whole or None].splitlines(), start=1):
+            try:
+                self._take(parse_json(line.decode()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise EvlaError(
+                    f"{self._path}, line {number}: this is not a log of evla eval. Name another file."
+                ) from error
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if self._header is None:
+            if record.pop("evla_eval") != _VERSION:
+                raise ValueError("another version")
+            self._header = record
+        elif "identity" in record:
+            self._identities[record["candidate"]] = record["identity"]
+        else:
+            self._success[record["candidate"], record["task"], record["episode"]] = bool(record["success"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """One system call for a line: a process that is killed leaves a whole one, or none."""
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise EvlaError(f"Cannot write {self._path}: {error.strerror}.") from error
+        if written < len(line):
+            raise EvlaError(f"Cannot write {self._path}: the disk is full.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
+    try:
+        file = FileIO(path, "a+")
+    except OSError as error:
+        raise EvlaError(f"Cannot write {path}: {error.strerror}.") from error
+    with file:
+        yield file
+
+
+def _key(candidate: str, trial: Trial) -> Key:
+    return candidate, trial.task, trial.number
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
