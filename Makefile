@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format docs train-demo clean
+EPISODES ?= 100
+WORKERS ?= 2
+METAWORLD = --suite metaworld --dtype float32 --episodes $(EPISODES) --workers $(WORKERS)
+
+.PHONY: help setup demo eval-table eval-contrasts test test-slow lint format docs train-demo clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -20,6 +24,20 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## Compress the shipped CogACT and print before against after
 	$(BIN)/python scripts/demo.py
+
+eval-table: $(VENV)/.metaworld  ## The paper's table on the demo model: 8 rows, EPISODES=100 a task (half an hour)
+	$(BIN)/evla run configs/demo.yaml
+	$(BIN)/evla run configs/eval/demo_l9.yaml
+	$(BIN)/evla eval configs/eval/demo_table.yaml $(METAWORLD) -o out/demo-table.jsonl
+
+eval-contrasts: $(VENV)/.metaworld  ## Right against wrong layers, tokens, steps; EPISODES=100 a task (an hour)
+	$(BIN)/evla run configs/eval/demo_right_layers.yaml
+	$(BIN)/evla run configs/eval/demo_wrong_layers.yaml
+	$(BIN)/evla eval configs/eval/demo_contrasts.yaml $(METAWORLD) -o out/demo-contrasts.jsonl
+
+$(VENV)/.metaworld: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
 
 test: $(STAMP)  ## The test suite (minutes)
 	$(BIN)/python -m pytest -m 'not slow'
@@ -41,8 +59,7 @@ docs: $(STAMP)  ## Write docs/cli.md from the commands' --help, and docs/scaling
 	$(BIN)/python scripts/make_cli_docs.py
 	$(BIN)/python scripts/make_scaling_docs.py
 
-train-demo: $(STAMP)  ## Train the demo model again (hours; needs the system library libosmesa6)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+train-demo: $(VENV)/.metaworld  ## Train the demo model again (hours; needs the system library libosmesa6)
 	$(BIN)/python scripts/train_demo.py --work out/train-demo --output demo
 
 clean:  ## Remove what the other targets made

@@ -406,7 +406,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "more layers than are unprotected": (f"{PRUNE} --drop-layers 5", "2 are protected (0, 1)"),
     "protected layer": ("prune run out --drop-layer-ids 1", "Layer 1 is protected (--protect-first)"),
     "layer that does not exist": ("prune run out --drop-layer-ids 6", "has layers 0 to 5"),
-    "layers that are no numbers": ("prune run out --drop-layer-ids a", "not a list of layer indices such as 3,7,9"),
+    "layers that are no numbers": ("prune run out --drop-layer-ids a", "not a list of whole numbers such as 3,7,9"),
     "negative number of layers": (f"{PRUNE} --drop-layers -1", "must not be negative"),
     "keep no layer": (f"{PRUNE} --keep-layers 0", "--keep-layers must be between 1 and 6"),
     "keep and drop disagree": (f"{PRUNE} --keep-layers 3 --drop-layers 2", "disagree on 6 layers"),

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from evla_cli.calibration import load_samples
+from evla_cli.checkpoint.files import read_yaml
+from evla_cli.evaluation.rollout import CandidateList, ListedCandidate
 from evla_cli.families.cogact import GivenByHand
 from evla_cli.plan import LayerImportance, PrunePlan
 from evla_cli.running import RunState
@@ -45,6 +47,37 @@ def test_recipe_does_what_its_name_says(path):
     assert recipe.output.endswith(path.stem)
 
 
+EVALUATED = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
+
+
+def test_lists_of_candidates_load_and_name_what_a_recipe_makes():
+    """Everything in configs/eval is one or the other."""
+    recipes = {path for path in EVALUATED if "candidates" not in yaml.safe_load(path.read_text())}
+    made = {(path.parent / Recipe.load(path).output).resolve() for path in (*recipes, ROOT / "configs" / "demo.yaml")}
+    known = {path / "bundle" for path in made} | {ROOT / "demo" / "cogact-metaworld"}
+    for path in set(EVALUATED) - recipes:
+        listed = from_mapping(CandidateList, read_yaml(path), str(path))
+        assert {(path.parent / candidate.checkpoint).resolve() for candidate in listed.candidates} <= known
+        assert listed.candidates[0] == ListedCandidate("dense", "../../demo/cogact-metaworld")
+    assert len(recipes) == 3
+
+
+def test_table_has_the_papers_eight_rows():
+    path = ROOT / "configs" / "eval" / "demo_table.yaml"
+    rows = from_mapping(CandidateList, read_yaml(path), str(path)).candidates
+    methods = [row.settings.visual_tokens.method if row.settings else "none" for row in rows]
+    assert methods == ["none", "random", "fastv", "vla_cache", *["evla"] * 4]
+    for row in rows[4:]:
+        layers, tokens = map(int, re.fullmatch(r"EfficientVLA \(L=(\d+), T=(\d+)\)", row.name).groups())
+        recipe = "demo" if layers == 7 else f"eval/demo_l{layers}"
+        made = Recipe.load(ROOT / "configs" / f"{recipe}.yaml")
+        assert Path(made.output).name == Path(row.checkpoint).parent.name
+        assert (10 - made.prune.drop_layers, made.prune.mlp_prune_ratio) == (layers, 0.25)
+        assert (row.settings.visual_tokens.num_keep, row.settings.action_cache.interval) == (tokens, 5)
+    headline = ROOT / "configs" / "eval" / "demo_headline.yaml"
+    assert set(from_mapping(CandidateList, read_yaml(headline), str(headline)).candidates) <= set(rows)
+
+
 SECTIONS = {
     section: [key.name for key in fields(value)]
     for section, value in vars(InferenceSettings()).items()
@@ -78,6 +111,7 @@ def examples() -> dict[str, list[str]]:
         ("inference.yaml", InferenceSettings.load),
         ("Recipe", Recipe.load),
         ("run.json", RunState.load),
+        ("Candidates", lambda path: from_mapping(CandidateList, read_yaml(path), str(path))),
     ],
 )
 def test_documented_example_loads(examples, title, load, tmp_path):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import click
 
-from evla_cli.cli.options import DTYPE_CHOICE, PATH, SEED, IdList, device_option, json_option, quiet_option
+from evla_cli.cli.options import DTYPE_CHOICE, PATH, IdList, device_option, json_option, quiet_option
 
 EXAMPLE = """
 \b
@@ -20,7 +20,11 @@ Examples:
 @click.option("-o", "--output", type=PATH, required=True, help="Log of episodes; gone on with if it is there.")
 @click.option("--tasks", metavar="NAMES", help="Separated by commas (default: all of the suite's).")
 @click.option("--episodes", type=click.IntRange(min=1), help="Of each task (default: metaworld 50, simpler all).")
-@click.option("--seed", type=SEED, help="Of each task's first episode (default: metaworld 30000, simpler 0).")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    help="Of each task's first episode (default: metaworld 30000, simpler 0).",
+)
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, each with a model."
 )

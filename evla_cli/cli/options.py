@@ -52,7 +52,7 @@ DTYPE_CHOICE = click.Choice(["float32", "bfloat16", "float16"])
 
 
 class IdList(click.ParamType):
-    """Indices such as `3,7,9`."""
+    """Numbers such as `3,7,9`."""
 
     name = "ids"
 
@@ -62,4 +62,4 @@ class IdList(click.ParamType):
         try:
             return tuple(int(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"'{value}' is not a list of layer indices such as 3,7,9.", param, ctx)
+            self.fail(f"'{value}' is not a list of whole numbers such as 3,7,9.", param, ctx)

@@ -25,6 +25,7 @@ from evla_cli.schema import from_mapping
 from evla_cli.settings import InferenceSettings
 
 SCHEMA_VERSION = 1
+NUM_NOISE_STREAMS = 10**5
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class ListedCandidate:
     checkpoint: str
     settings: InferenceSettings | None = None
     noise_stream: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_stream < NUM_NOISE_STREAMS:
+            raise EvlaError(f"noise_stream must be between 0 and {NUM_NOISE_STREAMS - 1}, got {self.noise_stream}.")
 
 
 @dataclass(frozen=True)

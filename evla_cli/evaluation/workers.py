@@ -25,8 +25,10 @@ def run_jobs(
 
     Errors: what a job raises as an EvlaError; a process that ends before its job is done.
     """
-    # Spawned, not forked: a fork would inherit torch's threads and an OpenGL context as they happen to be.
-    context = multiprocessing.get_context("spawn")
+    # Not forked from this process: its threads, its device and what was loaded are not theirs. The server that they are
+    # forked from has imported the libraries and done nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["evla_cli.evaluation.rollout"])
     remaining = iter(jobs)
     workers: dict[Any, _Worker[Job]] = {}
     try:

@@ -38,8 +38,8 @@ class Trial:
     noise_stream: int = 0
 
     def noise_seed(self, step: int) -> int:
-        """Of the prediction at a step, below 1000."""
-        return self.seed * 1000 + step + self.noise_stream * 10**12
+        """Of the prediction at a step, below 1000. Seeds are below 2**31, streams below 10**5: no two are the same."""
+        return self.seed * 1000 + step + self.noise_stream * 10**13
 
 
 @dataclass(frozen=True)

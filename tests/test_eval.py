@@ -1,0 +1,335 @@
+"""`evla eval` through the real entry point, in a suite that needs no simulator: one log, whatever happens to it."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pico_suite
+import pytest
+import yaml
+from PIL import Image
+from processes import Evla, wait_for
+from test_cli import evla, evla_error, evla_json
+
+from evla_cli.evaluation.suites import Trial
+from evla_cli.evaluation.suites.metaworld import TASKS
+from evla_cli.runtime.policy import policy_from_checkpoint
+from evla_cli.settings import ActionCacheSettings, InferenceSettings
+
+SUITE = ("--suite", "pico_suite:PicoSuite")
+
+
+def lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def episodes(log: Path) -> set[str]:
+    return {json.dumps(line, sort_keys=True) for line in lines(log) if "episode" in line}
+
+
+@pytest.fixture(scope="module")
+def listed(cogact_run, bundle, tmp_path_factory) -> Path:
+    """Four candidates: a run, its exported bundle, the run with other settings, and with other noise."""
+    file = tmp_path_factory.mktemp("listed") / "candidates.yaml"
+    run = os.path.relpath(cogact_run, file.parent)
+    candidates = [
+        {"name": "dense", "checkpoint": run},
+        {"name": "exported", "checkpoint": str(bundle)},
+        {"name": "cached", "checkpoint": run, "settings": {"action_cache": {"interval": 5}}},
+        {"name": "other noise", "checkpoint": run, "noise_stream": 1},
+    ]
+    file.write_text(yaml.safe_dump({"schema_version": 1, "candidates": candidates}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(listed, tmp_path_factory) -> Path:
+    """The log of an undisturbed run."""
+    log = tmp_path_factory.mktemp("whole") / "log.jsonl"
+    evla("eval", listed, *SUITE, "-o", log)
+    return log
+
+
+def test_the_log_is_what_the_policies_do(whole, cogact_run, bundle):
+    """Every line against the policies called by hand, in another order, in this process."""
+    header, *others = lines(whole)
+    assert (header["evla_eval"], header["first_seed"], header["facts"]) == (1, 100, {"max_steps": 12})
+    cached = InferenceSettings(action_cache=ActionCacheSettings(interval=5))
+    exported = InferenceSettings.load(bundle / "inference.yaml")
+    policies = {
+        "dense": (policy_from_checkpoint(cogact_run), 0),
+        "exported": (policy_from_checkpoint(bundle, exported), 0),
+        "cached": (policy_from_checkpoint(cogact_run, cached), 0),
+        "other noise": (policy_from_checkpoint(cogact_run), 1),
+    }
+    done = [line for line in others if "episode" in line]
+    assert len(done) == 4 * (2 + 2 + 3)
+    for line in reversed(done):
+        policy, stream = policies[line["candidate"]]
+        trial = Trial(line["task"], line["episode"], line["seed"], stream)
+        outcome = pico_suite.PicoSuite().run_episode(policy, trial)
+        assert (outcome.success, outcome.steps) == (line["success"], line["steps"])
+        assert line["seed"] == 100 + line["episode"]
+    steps = {name: [line["steps"] for line in done if line["candidate"] == name] for name in policies}
+    assert len(set(map(tuple, steps.values()))) == 4  # all four do otherwise
+    assert {line["success"] for line in done} == {True, False}
+
+
+def test_two_processes_find_the_same(listed, whole, tmp_path):
+    record = evla_json("eval", listed, *SUITE, "-o", tmp_path / "log.jsonl", "--workers", 2)
+    assert episodes(tmp_path / "log.jsonl") == episodes(whole)
+    before = whole.read_bytes()
+    assert record == evla_json("eval", listed, *SUITE, "-o", whole)
+    assert whole.read_bytes() == before
+
+
+def test_result_counts_the_log(listed, whole):
+    record = evla_json("eval", listed, *SUITE, "-o", whole)
+    for row in record["candidates"]:
+        mine = [line for line in lines(whole) if line.get("candidate") == row["name"] and "episode" in line]
+        assert row["all"]["successes"] == sum(line["success"] for line in mine)
+        assert row["all"]["episodes"] == 7
+        assert {task: rate["episodes"] for task, rate in row["tasks"].items()} == {"left": 2, "right": 2, "far": 3}
+    text = evla("eval", listed, *SUITE, "-o", whole)
+    assert "points against dense" in text
+    assert text.count("\nother noise ") == 2
+
+
+def test_more_episodes_tasks_and_candidates_are_added(listed, whole, cogact_run, tmp_path):
+    log, first = tmp_path / "log.jsonl", tmp_path / "first.yaml"
+    candidates = yaml.safe_load(listed.read_text())
+    candidates["candidates"] = candidates["candidates"][:1]
+    candidates["candidates"][0]["checkpoint"] = str(cogact_run)
+    first.write_text(yaml.safe_dump(candidates))
+    evla("eval", first, *SUITE, "-o", log, "--tasks", "far", "--episodes", 1)
+    assert len(lines(log)) == 3
+    begin = log.read_bytes()
+    evla("eval", listed, *SUITE, "-o", log, "--workers", 2)
+    assert log.read_bytes().startswith(begin)
+    assert episodes(log) == episodes(whole)
+    assert len(lines(log)) == 1 + 4 + 28
+
+
+def test_settings_by_file_and_by_option(cogact_run, tmp_path):
+    (tmp_path / "two.yaml").write_text("schema_version: 1\ndiffusion: {num_denoise_steps: 2}\n")
+    with_file = f"{cogact_run}@{tmp_path / 'two.yaml'}"
+    record = evla_json("eval", cogact_run, with_file, *SUITE, "-o", tmp_path / "a.jsonl")
+    assert [row["name"] for row in record["candidates"]] == ["run", "run@two"]
+    evla("eval", cogact_run, *SUITE, "-o", tmp_path / "b.jsonl", "--denoise-steps", 2)
+    steps = [
+        [
+            line["steps"]
+            for line in lines(tmp_path / f"{log}.jsonl")
+            if line.get("candidate") == name and "steps" in line
+        ]
+        for log, name in (("a", "run"), ("a", "run@two"), ("b", "run"))
+    ]
+    assert steps[1] == steps[2] != steps[0]
+
+
+# What becomes of a log
+
+
+def seven(log: Path, *arguments: Any) -> tuple[Any, ...]:
+    return ("eval", *arguments, "--suite", "pico_suite:Slow", "-o", log, "--workers", 2, "--quiet")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended_is_gone_on_with(number, code, listed, whole, tmp_path):
+    log = tmp_path / "log.jsonl"
+    process = Evla(tmp_path, *seven(log, listed))
+    wait_for(lambda: log.exists() and len(episodes(log)) >= 3)
+    workers = [path.name.removeprefix("pid-") for path in tmp_path.glob("pid-*")]
+    process.send(number)
+    assert process.wait() == code
+    assert len(workers) == 2
+    wait_for(lambda: not any(running(worker) for worker in workers))
+    left = log.read_bytes()
+    assert left.endswith(b"\n")
+    assert 3 <= len(episodes(log)) < 28
+    assert Evla(tmp_path, *seven(log, listed)).wait() == 0
+    assert log.read_bytes().startswith(left)
+    assert len(lines(log)) == 1 + 4 + 28
+    assert episodes(log) == episodes(whole)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("pid-")] == ["log.jsonl"]
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_line_without_its_end_is_done_again(listed, whole, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(whole.read_bytes()[:-20])
+    evla("eval", listed, *SUITE, "-o", log)
+    assert episodes(log) == episodes(whole)
+    assert len(lines(log)) == len(lines(whole))
+
+
+def test_one_process_at_a_time(listed, tmp_path):
+    log = tmp_path / "log.jsonl"
+    process = Evla(tmp_path, *seven(log, listed))
+    wait_for(log.exists)
+    assert "log.jsonl" in evla_error("eval", listed, "--suite", "pico_suite:Slow", "-o", log)
+    process.send(signal.SIGTERM)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seed", 7), "first_seed is 100 there, 7 here"),
+        (("--dtype", "bfloat16"), 'dtype is "as stored" there, "bfloat16" here'),
+        (("--suite", "pico_suite:Slow"), 'suite is "pico_suite:PicoSuite" there'),
+        (("--denoise-steps", 5), "dense's settings is {"),
+    ],
+)
+def test_a_log_of_another_evaluation_is_refused(arguments, message, listed, whole, tmp_path):
+    log = shutil.copy(whole, tmp_path / "log.jsonl")
+    refused(log, message, listed, *SUITE, *arguments)
+
+
+def test_a_log_of_other_checkpoints_is_refused(cogact_run, bundle, listed, whole, tmp_path):
+    log = shutil.copy(whole, tmp_path / "log.jsonl")
+    refused(log, "is the log of other candidates (dense, exported, cached, other noise)", bundle, *SUITE)
+    shutil.copytree(cogact_run, tmp_path / "dense")
+    statistics = tmp_path / "dense" / "dataset_statistics.json"
+    statistics.write_text(statistics.read_text().replace("0.25", "0.26"))
+    refused(log, "dense's files_sha256 is", tmp_path / "dense", *SUITE)
+    log.write_text(whole.read_text().replace('"max_steps": 12', '"max_steps": 13'))
+    refused(log, 'facts is {"max_steps": 13} there, {"max_steps": 12} here', listed, *SUITE)
+
+
+@pytest.mark.parametrize("text", ["no log", "no log\n", '{"a": 1}\n', "[]\n", '{"evla_eval": 2}\n', "\x80\n"])
+def test_what_is_no_log_is_left_alone(text, cogact_run, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text(text, encoding="latin-1")
+    refused(log, "line 1: this is not a log of evla eval", cogact_run, *SUITE)
+
+
+def refused(log: Path, message: str, *arguments: Any) -> None:
+    before = log.read_bytes()
+    error = evla_error("eval", *arguments, "-o", log)
+    assert message in error
+    assert error.count("\n") == 1
+    assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--suite", "metawrld"), "Unknown suite 'metawrld'. Did you mean 'metaworld'?"),
+        (("--suite", "nowhere:Suite"), "--suite nowhere:Suite: cannot import it"),
+        (("--suite", "pico_suite:Nothing"), "has no attribute 'Nothing'"),
+        ((*SUITE, "--tasks", "left,middle"), "Unknown task 'middle'. Known: far, left, right."),
+        ((*SUITE, "--episodes", "4"), "--episodes is 4; far has 3."),
+        ((*SUITE, "--denoise-steps", "11"), "run: diffusion.num_denoise_steps 11 is not a whole stride"),
+        ((*SUITE, "--video", "no/where"), "create the folder above it first"),
+        (("--suite", "pico_suite:Refusing"), "The simulator cannot draw; install it anew."),
+    ],
+)
+def test_refused_in_one_line(arguments, message, cogact_run, tmp_path):
+    error = evla_error("eval", cogact_run, "-o", tmp_path / "log.jsonl", *arguments)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_candidates_that_are_none(cogact_run, decoders, tmp_path):
+    def error(*candidates: Any) -> str:
+        return evla_error("eval", *candidates, *SUITE, "-o", tmp_path / "log.jsonl")
+
+    assert "no action head" in error(decoders("llama"))
+    assert "Two candidates are called 'run'" in error(cogact_run, cogact_run)
+    assert "does not exist" in error(tmp_path / "nowhere")
+    assert "nowhere.yaml" in error(f"{cogact_run}@{tmp_path / 'nowhere.yaml'}")
+    (tmp_path / "list.yaml").write_text("schema_version: 1\ncandidates: []\n")
+    assert "list.yaml: candidates is empty" in error(tmp_path / "list.yaml")
+    (tmp_path / "list.yaml").write_text("schema_version: 1\ncandidates: [{name: a, checkpoint: b, layers: 3}]\n")
+    assert "unknown key 'layers'" in error(tmp_path / "list.yaml")
+    (tmp_path / "list.yaml").write_text("schema_version: 1\ncandidates: [{name: a, checkpoint: b, noise_stream: -1}]\n")
+    assert "noise_stream must be between 0 and 99999, got -1" in error(tmp_path / "list.yaml")
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_process_that_is_killed_is_told_and_its_episodes_are_kept(cogact_run, tmp_path):
+    error = evla_error("eval", cogact_run, "--suite", "pico_suite:Killed", "-o", tmp_path / "log.jsonl")
+    assert "killed by SIGKILL (out of memory?). What was finished is in the log" in error
+    assert error.count("\n") == 1
+    assert {json.loads(line)["task"] for line in episodes(tmp_path / "log.jsonl")} == {"left"}
+
+
+def test_without_metaworld_one_line_says_what_to_install(cogact_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("evla_cli.evaluation.suites.metaworld.find_spec", lambda name: None)
+    error = evla_error("eval", cogact_run, "--suite", "metaworld", "-o", tmp_path / "log.jsonl")
+    assert "pip install 'evla[demo]'" in error
+    assert "libosmesa6" in error
+    assert "MUJOCO_GL=osmesa" in error
+    assert error.count("\n") == 1
+
+
+def test_metaworlds_opposites_are_each_others():
+    assert len(TASKS) == 8
+    for name, task in TASKS.items():
+        assert len(set(task.phrasings)) == 6
+        assert task.opposite is None or TASKS[task.opposite].opposite == name
+
+
+# Videos
+
+
+def test_videos_show_the_chosen_episodes_and_change_nothing(listed, whole, tmp_path):
+    log, folder = tmp_path / "log.jsonl", tmp_path / "videos"
+    options = ("--video", folder, "--video-episodes", "1")
+    evla("eval", listed, *SUITE, "-o", log, *options)
+    assert episodes(log) == episodes(whole)
+    names = ("dense", "exported", "cached", "other-noise")
+    expected = {f"{name}-{task}-0001.gif" for name in names for task in ("left", "right", "far")}
+    assert {path.name for path in folder.iterdir()} == expected
+    shown = next(line for line in lines(log) if (line.get("task"), line.get("episode")) == ("right", 1))
+    scene = pico_suite.PicoScene()
+    scene.reset(101 + 50)
+    with Image.open(folder / "dense-right-0001.gif") as video:
+        assert video.size == (80, 60)
+        assert getattr(video, "n_frames", 1) <= shown["steps"]  # equal pictures in a row are one, shown longer
+        first = np.asarray(video.convert("RGB")).astype(int)
+    assert np.abs(first - scene.render()).mean() < 20  # of 256 colours
+    # Films of episodes that the log holds already.
+    (folder / "dense-far-0001.gif").unlink()
+    before = log.read_bytes()
+    evla("eval", listed, *SUITE, "-o", log, *options)
+    assert {path.name for path in folder.iterdir()} == expected
+    assert log.read_bytes() == before
+
+
+def test_an_episode_that_ends_otherwise_when_filmed_is_told(listed, whole, tmp_path):
+    log = tmp_path / "log.jsonl"
+    flipped = {"true": "false", "false": "true"}
+    text = whole.read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(text) if '"task": "far", "episode": 0' in line)
+    word = json.dumps(json.loads(text[at])["success"])
+    text[at] = text[at].replace(f'"success": {word}', f'"success": {flipped[word]}')
+    log.write_text("".join(text))
+    error = evla_error("eval", listed, *SUITE, "-o", log, "--tasks", "far", "--video", tmp_path / "videos")
+    assert "dense, far, episode 0 ended otherwise than" in error
+
+
+def test_mp4_needs_its_package(cogact_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("evla_cli.evaluation.video.find_spec", lambda name: None)
+    options = ("--video", tmp_path / "videos", "--video-format", "mp4")
+    assert "pip install imageio-ffmpeg" in evla_error(
+        "eval", cogact_run, *SUITE, "-o", tmp_path / "log.jsonl", *options
+    )
+
+
+def test_mp4(cogact_run, tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    options = ("--video", tmp_path / "videos", "--video-format", "mp4", "--tasks", "left", "--episodes", "1")
+    evla("eval", cogact_run, *SUITE, "-o", tmp_path / "log.jsonl", *options)
+    assert (tmp_path / "videos" / "run-left-0000.mp4").read_bytes()[4:8] == b"ftyp"
