@@ -49,9 +49,6 @@ class PicoSuite:
         shifted = Trial(trial.task, trial.number, trial.seed + 50 * self.tasks.index(trial.task), trial.noise_stream)
         return act_in_chunks(PicoScene(), policy, shifted, 12, 4, on_frame)
 
-    def close(self) -> None:
-        pass
-
 
 class Slow(PicoSuite):
     """Time enough to be interrupted; tells who is at work."""

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -95,6 +96,7 @@ class _Worker(Generic[Job]):
 
 def _work(connection: Connection, start: Callable[[], Callable[[Any], Any]]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends the others
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through every `finally`: half a video is removed
     torch.set_num_threads(1)
     try:
         do = start()

@@ -70,8 +70,6 @@ class Suite(Protocol):
     def run_episode(self, policy: Policy, trial: Trial, on_frame: OnFrame | None = None) -> Outcome:
         """Called in a process that may have run other episodes before: nothing of them may be left."""
 
-    def close(self) -> None: ...
-
 
 def load_suite(name: str) -> Suite:
     """`name`: one of `SUITES`, or module:class. Errors: unknown, or what it needs is missing."""
@@ -79,9 +77,10 @@ def load_suite(name: str) -> Suite:
         raise EvlaError(f"Unknown suite '{name}'. {suggest(name, SUITES)} A suite of your own is module:class.")
     module, _, attribute = SUITES.get(name, name).partition(":")
     try:
-        suite = getattr(importlib.import_module(module), attribute)()
+        kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise EvlaError(f"--suite {name}: cannot import it: {error}.") from error
+    suite = kind()
     suite.check()
     return suite
 

@@ -148,17 +148,13 @@ class MetaWorld:
 
     def run_episode(self, policy: Policy, trial: Trial, on_frame: OnFrame | None = None) -> Outcome:
         if self._scene is None or self._scene.task != trial.task:
-            self.close()
+            if self._scene is not None:
+                self._scene.close()
             self._scene = self.open(trial.task)
         return act_in_chunks(self._scene, policy, trial, MAX_STEPS, NUM_EXECUTED, on_frame)
 
     def open(self, task: str) -> "MetaWorldScene":
         return MetaWorldScene(task)
-
-    def close(self) -> None:
-        if self._scene is not None:
-            self._scene.close()
-            self._scene = None
 
 
 class MetaWorldScene:

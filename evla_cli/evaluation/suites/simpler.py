@@ -206,9 +206,6 @@ class Simpler:
             )
         return Outcome(bool(success), model.steps)
 
-    def close(self) -> None:
-        pass
-
 
 class _Watched(SimplerPolicy):
     """Counts steps, and passes on what it is shown."""
