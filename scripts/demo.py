@@ -10,7 +10,7 @@ from evla_cli.calibration import load_samples
 from evla_cli.checkpoint.tensors import total_elements
 from evla_cli.evaluation.fidelity import compare_policies
 from evla_cli.evaluation.flops import count_flops
-from evla_cli.evaluation.latency import STAGES, measure_latency
+from evla_cli.evaluation.latency import STAGES, WHOLE, Batch, measure_latency
 from evla_cli.evaluation.report import table
 from evla_cli.families import open_checkpoint
 from evla_cli.running import run_recipe
@@ -49,12 +49,11 @@ def comparison(source: Path, bundle: Path, dense: Policy, compressed: Policy, sa
     rows.append(row("weights on disk (MB)", before.reader.bytes_on_disk / 1e6, after.reader.bytes_on_disk / 1e6))
     prompt = len(dense.processor.prompt(samples[0].instruction)[0])
     flops = [count_flops(policy.model, policy.settings, prompt) for policy in (dense, compressed)]
-    for stage in (*STAGES, "total"):
+    for stage in (*STAGES[1:], "total"):
         rows.append(row(f"MFLOPs, {stage.replace('_', ' ')}", *(getattr(f, stage) / 1e6 for f in flops)))
-    latency = measure_latency(
-        {"dense": dense, "compressed": compressed}, samples[0].image, samples[0].instruction, runs
-    )
-    for stage in (*STAGES, "total"):
+    batch = Batch([samples[0].image], [samples[0].instruction])
+    latency = measure_latency({"dense": dense, "compressed": compressed}, batch, runs)
+    for stage in (*STAGES, WHOLE):
         rows.append(
             row(f"ms, {stage.replace('_', ' ')} (median)", *(entry.median(stage) for entry in latency.values()))
         )

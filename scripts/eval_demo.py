@@ -21,7 +21,7 @@ import torch
 from demo_env import FIRST_SEED, MAX_STEPS, TASKS, DemoEnv
 from torch import nn
 
-from evla_cli.evaluation.latency import STAGES, measure_latency
+from evla_cli.evaluation.latency import STAGES, Batch, measure_latency
 from evla_cli.methods.visual_tokens import TokenSelection
 from evla_cli.pipeline import analyze
 from evla_cli.runtime import decoder
@@ -166,7 +166,7 @@ def stage_shares(run: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     policy = policy_from_checkpoint(run, dtype=torch.float32)
     image = np.zeros((112, 112, 3), np.uint8)
-    latency = measure_latency({"dense": policy}, image, "open the drawer", runs=50)["dense"]
+    latency = measure_latency({"dense": policy}, Batch([image], ["open the drawer"]), runs=50)["dense"]
     return {stage: round(latency.median(stage), 2) for stage in STAGES}
 
 

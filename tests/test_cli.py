@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import evla_cli
 from evla_cli.cli.main import cli
 
-COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict")
+COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench")
 
 
 def evla(*arguments: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from evla_cli import __version__
-from evla_cli.cli import analyze, export, inspect, predict, prune, run, verify
+from evla_cli.cli import analyze, bench, export, inspect, predict, prune, run, verify
 from evla_cli.cli.stopping import stoppable
 from evla_cli.errors import EvlaError
 
@@ -45,8 +45,9 @@ def cli() -> None:
     evla run      RECIPE.yaml                    all three, resumable
     evla verify   BUNDLE                         is it whole, and does it fit its settings?
     evla predict  BUNDLE ...                     one action chunk
+    evla bench    A B ...                        how fast and how large they are
     """
 
 
-for module in (inspect, analyze, prune, export, run, verify, predict):
+for module in (inspect, analyze, prune, export, run, verify, predict, bench):
     cli.add_command(module.command)

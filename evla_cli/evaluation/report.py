@@ -134,3 +134,101 @@ def action_table(actions: "np.ndarray") -> str:
     """One row a time step."""
     header = ["step", *(f"a{i}" for i in range(actions.shape[1]))]
     return table(header, [[str(step), *(f"{value:+.4f}" for value in row)] for step, row in enumerate(actions)])
+
+
+def bench_table(record: dict[str, Any]) -> str:
+    """`evla bench`: sizes, time per stage, speed-ups, the head by cache interval."""
+    rows, references = record["rows"], record["references"]
+    parts = [
+        table(
+            ["", "dtype", "parameters", "on disk", "own memory", "resident", "load", "GFLOPs", "executed"],
+            [_size_cells(row) for row in rows],
+        ),
+        "own memory (RssAnon) and resident (with mapped files): peaks of a process that loads the model and predicts "
+        "once.\nGFLOPs: of one sample, in the paper's convention; executed: what runs, attention included.",
+        "milliseconds, median / 95th percentile",
+        table(
+            ["", *(stage.replace("_", " ") for stage in (*_LATENCY_STAGES, "whole"))],
+            [
+                [row["name"], *(_median_p95(row["latency_ms"][stage]) for stage in (*_LATENCY_STAGES, "whole"))]
+                for row in rows
+            ],
+        ),
+    ]
+    faster = [row for row in rows if row["speedup"]]
+    if faster:
+        columns = [name for name in references if any(name in row["speedup"] for row in faster)]
+        parts += [
+            "times as fast per prediction, median of the ratios within each round [95 % interval]",
+            table(
+                ["", *(f"than {name}" for name in columns)],
+                [
+                    [row["name"], *(_interval(row["speedup"].get(name, {}).get("whole"), 2) for name in columns)]
+                    for row in faster
+                ],
+            ),
+        ]
+    heads = [row for row in rows if row["head_ms_by_interval"]]
+    intervals = list(dict.fromkeys(interval for row in heads for interval in row["head_ms_by_interval"]))
+    parts += [
+        "action head alone by cache interval: milliseconds (times as fast as interval 1)",
+        table(
+            ["", *intervals], [[row["name"], *(_head_cell(row, interval) for interval in intervals)] for row in heads]
+        ),
+    ]
+    for row in rows:
+        if row["settings"]["visual_tokens"]["num_keep"] is not None:
+            share = row["token_selection_share"]
+            parts.append(
+                f"{row['name']}: selecting tokens takes {share['median']:.2%} of the language model's time "
+                f"(95th percentile {share['p95']:.2%})."
+            )
+    return "\n\n".join([*parts, _bench_notes(record)])
+
+
+_LATENCY_STAGES = ("preprocessing", "vision", "projector", "language_model", "action_head")
+
+
+def _size_cells(row: dict[str, Any]) -> list[str]:
+    memory = row["memory"]
+    own = memory["peak_rss_anon_bytes"] if memory["peak_device_bytes"] is None else memory["peak_device_bytes"]
+    return [
+        row["name"],
+        row["dtype"],
+        f"{row['parameters'] / 1e6:,.2f} M",
+        f"{row['bytes_on_disk'] / 1e6:,.1f} MB",
+        f"{own / 1e6:,.0f} MB",
+        f"{memory['peak_rss_bytes'] / 1e6:,.0f} MB",
+        f"{row['load_seconds']:.2f} s",
+        f"{row['flops']['paper']['total'] / 1e9:,.2f}",
+        f"{row['flops']['full']['total'] / 1e9:,.2f}",
+    ]
+
+
+def _median_p95(times: dict[str, Any]) -> str:
+    return f"{times['median']:.1f} / {times['p95']:.1f}"
+
+
+def _interval(estimate: dict[str, Any] | None, digits: int) -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def _head_cell(row: dict[str, Any], interval: str) -> str:
+    found = row["head_ms_by_interval"].get(interval)
+    return f"{found['median']:.1f} ({found['speedup']['value']:.2f})" if found else ""
+
+
+def _bench_notes(record: dict[str, Any]) -> str:
+    environment, protocol = record["environment"], record["protocol"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    order = "interleaved, who comes first going round"
+    if protocol["loaded"] == "in turn":
+        order = f"the models do not fit into memory together: each loaded {protocol['visits']} times, one after another"
+    return (
+        f"{environment['device']}: {environment['device_name']} ({environment['instructions']}), "
+        f"{environment['threads']} threads; {versions}.\n"
+        f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}."
+    )

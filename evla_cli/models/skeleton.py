@@ -84,14 +84,27 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The whole model. Errors: any weight missing, unknown, misshapen or not finite."""
+    model = load_plain_model(family, config, weights, where, dtype, device)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            tile_linear(module, module.weight.dtype, module.weight.dtype, device)
+    return model
+
+
+def load_plain_model(
+    family: ModelFamily,
+    config: dict[str, Any],
+    weights: LazyTensors,
+    where: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """`load_model` with transformers' own linear layers, however slow they are in this dtype."""
     model = checked_skeleton(family, config, weights, where)
     if len(expected_shapes(model)) < len(model.state_dict()):
         weights = weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()}
     load_weights(model, weights, dtype=dtype, device=device)
     move_buffers(model, device)
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            tile_linear(module, module.weight.dtype, module.weight.dtype, device)
     return model
 
 
