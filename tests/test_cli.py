@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import evla_cli
 from evla_cli.cli.main import cli
 
-COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench")
+COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench", "compare")
 
 
 def evla(*arguments: Any) -> str:
@@ -91,7 +91,7 @@ def test_inspect_cogact(cogact_run):
     facts = evla_json("inspect", cogact_run)
     assert (facts["family"], facts["layout"]) == ("cogact", "native")
     assert facts["decoder"] == {"layers": 6, "hidden_size": 64, "intermediate_size": 128}
-    assert facts["commands"] == ["analyze", "prune", "export"]
+    assert facts["commands"] == ["analyze", "prune", "export", "bench", "compare"]
     assert facts["visual_tokens"] == 16
     assert sum(part["parameters"] for part in facts["parts"].values()) >= facts["parameters"]
     assert facts["bytes_on_disk"] == (cogact_run / "checkpoints/pico.pt").stat().st_size
@@ -110,7 +110,7 @@ def test_inspect_decoder(decoders):
 def test_inspect_bundle(bundle):
     facts = evla_json("inspect", bundle)
     assert (facts["layout"], facts["datasets"]) == ("bundle", ["kitchen"])
-    assert facts["commands"] == ["analyze", "prune", "export", "verify", "predict"]
+    assert facts["commands"] == ["analyze", "prune", "export", "verify", "predict", "bench", "compare"]
 
 
 # analyze

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from evla_cli import __version__
-from evla_cli.cli import analyze, bench, export, inspect, predict, prune, run, verify
+from evla_cli.cli import analyze, bench, compare, export, inspect, predict, prune, run, verify
 from evla_cli.cli.stopping import stoppable
 from evla_cli.errors import EvlaError
 
@@ -46,8 +46,9 @@ def cli() -> None:
     evla verify   BUNDLE                         is it whole, and does it fit its settings?
     evla predict  BUNDLE ...                     one action chunk
     evla bench    A B ...                        how fast and how large they are
+    evla compare  A B --samples DATA             how far B's actions lie from A's, and why
     """
 
 
-for module in (inspect, analyze, prune, export, run, verify, predict, bench):
+for module in (inspect, analyze, prune, export, run, verify, predict, bench, compare):
     cli.add_command(module.command)

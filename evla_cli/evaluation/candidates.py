@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ class Candidate:
     checkpoint: Checkpoint
     settings: InferenceSettings
 
+    @cached_property
+    def config(self) -> Any:
+        """The model's."""
+        return self.checkpoint.family.build_config(self.checkpoint.config)
+
+    def check_settings(self) -> None:
+        config, head = self.config, self.config.action_config
+        self.settings.check(
+            config.num_visual_tokens, self.checkpoint.num_layers, head.num_hidden_layers, head.num_train_steps
+        )
+
 
 def open_candidates(paths: Sequence[Path], num_denoise_steps: int | None = None) -> list[Candidate]:
     """Errors: one of them cannot act, or its settings cannot be obeyed."""
@@ -37,20 +49,14 @@ def open_candidates(paths: Sequence[Path], num_denoise_steps: int | None = None)
             settings = InferenceSettings.load(checkpoint.root / SETTINGS)
         if num_denoise_steps is not None:
             settings = replace(settings, diffusion=replace(settings.diffusion, num_denoise_steps=num_denoise_steps))
-        _check(settings, checkpoint)
         candidates.append(Candidate(label, path, checkpoint, settings))
+        candidates[-1].check_settings()
     return candidates
 
 
 def neutral(settings: InferenceSettings) -> InferenceSettings:
     """All tokens, no caching; actions are sampled as before."""
     return InferenceSettings(diffusion=settings.diffusion)
-
-
-def _check(settings: InferenceSettings, checkpoint: Checkpoint) -> None:
-    config: Any = checkpoint.family.build_config(checkpoint.config)
-    head = config.action_config
-    settings.check(config.num_visual_tokens, checkpoint.num_layers, head.num_hidden_layers, head.num_train_steps)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

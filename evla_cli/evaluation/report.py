@@ -1,6 +1,7 @@
 """Results as tables for people and as JSON for scripts."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def inspection(source: Path) -> dict[str, Any]:
     dtypes = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in checkpoint.reader.tensors.values())
     can = ["analyze", "prune"] + (["export"] if checkpoint.family.has_action_head else [])
     can += ["verify", "predict"] if checkpoint.layout == "bundle" else []
+    can += ["bench", "compare"] if checkpoint.family.has_action_head else []
     facts = {
         "path": str(source),
         "family": checkpoint.family.name,
@@ -232,3 +234,89 @@ def _bench_notes(record: dict[str, Any]) -> str:
         f"{environment['threads']} threads; {versions}.\n"
         f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}."
     )
+
+
+def compare_table(record: dict[str, Any]) -> str:
+    """`evla compare`: what each measure costs, and for B the errors by dimension, by step, and of reused features."""
+    a, b, samples = (record[key] for key in ("first", "second", "samples"))
+    names = _MEASURES | {"all": f"all: {b['name']}", "noise": f"{a['name']}, other noise"}
+    measures = record["measures"]
+    both = measures["all"]
+    parts = [
+        f"{b['name']} against {a['name']}: {samples['num_samples']} samples, the same noise; mean [95 % interval].",
+        table(
+            ["on", "cosine of cognition", "action error", "gripper flips", "position deviation"],
+            [[text, *_measure_cells(measures[name])] for name, text in names.items() if name in measures],
+        ),
+        "action error: mean absolute difference of normalised actions, without the gripper; their range is [-1, 1].\n"
+        "position deviation: of the positions that the chunk's actions add up to, at its end, in the robot's units.",
+        f"{b['name']}: absolute error by action dimension",
+        table(
+            ["dimension", "normalised", "robot's units"],
+            [
+                [str(number), *cells]
+                for number, cells in enumerate(
+                    zip(_intervals(both["normalized_error"]), _intervals(both["physical_error"]), strict=True)
+                )
+            ],
+        ),
+        f"{b['name']}: position deviation after each step, in the robot's units",
+        table(
+            ["step", "deviation"],
+            [[str(step), cell] for step, cell in enumerate(_intervals(both["position_deviation"]), start=1)],
+        ),
+    ]
+    if record["cache"]:
+        parts += _reuse_tables(b["name"], record["cache"])
+    off = [text for name, text in _MEASURES.items() if name not in measures]
+    notes = [f"the same in both, or not known: {', '.join(off)}."] if off else []
+    return "\n\n".join([*parts, *record["notes"], *notes])
+
+
+_MEASURES = {
+    "layers": "layers",
+    "mlp": "MLP",
+    "tokens": "tokens",
+    "cache": "cache",
+    "sampling": "sampling",
+    "weights": "weights (layers and MLP)",
+}
+
+
+def _measure_cells(measure: dict[str, Any]) -> list[str]:
+    flips = measure["gripper_flips"]
+    return [
+        _interval(measure["cognition_cosine"], 4),
+        _interval(measure["action_error"], 4),
+        "" if flips is None else _interval({key: _percent(value) for key, value in flips.items()}, 2) + " %",
+        _intervals(measure["position_deviation"])[-1],
+    ]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _intervals(estimate: dict[str, Any], digits: int = 4) -> list[str]:
+    """Of a list of values, in as many digits as the largest of them needs."""
+    largest = max(estimate["value"])
+    if 0 < largest < 1:
+        digits += math.floor(-math.log10(largest))
+    columns = zip(estimate["value"], estimate["low"], estimate["high"], strict=True)
+    return [_interval({"value": value, "low": low, "high": high}, digits) for value, low, high in columns]
+
+
+def _reuse_tables(name: str, cache: dict[str, Any]) -> list[str]:
+    kinds = list(cache["modules"])
+    header = [f"{kind}: {what}" for kind in kinds for what in ("cosine", "relative error")]
+    parts = [f"{name}: what the action head reuses against what it would have computed from the same input"]
+    for by, places in (("step", cache["steps"]), ("block", cache["blocks"])):
+        columns = [
+            _intervals(cache["modules"][kind][what][f"by_{by}"])
+            for kind in kinds
+            for what in ("cosine", "relative_error")
+        ]
+        parts.append(
+            table([by, *header], [[str(place), *cells] for place, *cells in zip(places, *columns, strict=True)])
+        )
+    return parts
