@@ -1,5 +1,7 @@
 """`evla bench`: the stock baseline against the runtime, how runs are ordered and timed, and the report's figures."""
 
+import os
+import signal
 import time
 from functools import partial
 
@@ -12,6 +14,7 @@ from test_cli import evla, evla_error, evla_json
 from torch import nn
 
 from evla_cli import pipeline
+from evla_cli.errors import EvlaError
 from evla_cli.evaluation.bench import bench, make_rows, plan_sessions, weight_bytes
 from evla_cli.evaluation.candidates import neutral, open_candidates
 from evla_cli.evaluation.flops import count_flops
@@ -172,6 +175,17 @@ def test_peak_memory_is_that_of_a_process_of_its_own(cogact_run):
     assert memory["peak_rss_anon_bytes"] - memory["imported_rss_anon_bytes"] >= 400 * 2**20
     assert memory["peak_rss_bytes"] >= memory["peak_rss_anon_bytes"]
     assert memory["peak_device_bytes"] is None
+
+
+def killed(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_measuring_process_that_fails_or_is_killed_is_an_error(cogact_run, decoders):
+    with pytest.raises(EvlaError, match="ended with -9"):
+        peak_memory(partial(killed, cogact_run), ONE, "cpu", threads=1)
+    with pytest.raises(EvlaError, match="has no action head"):
+        peak_memory(partial(policy_from_checkpoint, decoders("llama")), ONE, "cpu", threads=1)
 
 
 # Intervals

@@ -14,7 +14,7 @@ from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.candidates import Candidate, open_candidates
 from evla_cli.evaluation.feature_reuse import feature_reuse
-from evla_cli.evaluation.fidelity import Predictions, fidelity, predict_samples
+from evla_cli.evaluation.fidelity import Predictions, cognition_tokens, fidelity, predict_from
 from evla_cli.families.base import Checkpoint, prune_config
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.models.skeleton import check_device
@@ -64,6 +64,7 @@ def compare(
     samples = load_samples(data, "image", num_samples)
     plan, note = shared_plan(a, b)
     found: dict[str, Predictions] = {}
+    tokens: dict[InferenceSettings, Tensor] = {}  # of the model that is loaded
     cache = None
     policy: Policy | None = None
     variants = make_variants(a, b, plan)
@@ -71,17 +72,27 @@ def compare(
         for number, variant in enumerate(variants):
             if number == 0 or variant.checkpoint is not variants[number - 1].checkpoint:
                 policy = None  # gone before the next one comes
+                tokens.clear()
                 torch_dtype = getattr(torch, dtype) if dtype else None
                 policy = policy_from_weights(variant.checkpoint, device=device, dtype=torch_dtype)
             assert policy is not None
             policy = policy.with_settings(variant.settings)
-            noise_seed = seed + 1 if variant.other_noise else seed
-            options: dict[str, Any] = {"unnorm_key": key, "batch_size": batch_size, "seed": noise_seed}
-            found[variant.name] = predict_samples(policy, samples, **options)
+            # What the head's settings are makes no difference to the token that it is given.
+            default = InferenceSettings()
+            before_head = replace(variant.settings, action_cache=default.action_cache, diffusion=default.diffusion)
+            if before_head not in tokens:
+                tokens[before_head] = cognition_tokens(policy, samples, batch_size)
+            found[variant.name] = predict_from(
+                policy,
+                tokens[before_head],
+                unnorm_key=key,
+                batch_size=batch_size,
+                seed=seed + 1 if variant.other_noise else seed,
+            )
             bar.update()
         assert policy is not None  # B's, which came last
         if policy.settings.action_cache.interval > 1:
-            cognition = torch.from_numpy(found["all"].cognition)[:, None].to(next(policy.model.projector.parameters()))
+            cognition = tokens[before_head]
             noise = policy.draw_noise(len(samples), torch.Generator().manual_seed(seed))
             cache = feature_reuse(policy, cognition, noise, batch_size).to_record(seed)
     reference = found.pop("reference")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from evla_cli.calibration import Sample
 from evla_cli.evaluation.intervals import mean_estimate
-from evla_cli.models.processing import GRIPPER
+from evla_cli.models.processing import GRIPPER, unnormalize_actions
 from evla_cli.runtime.policy import Policy
 
 _POSITION = slice(0, 3)  # the first action dimensions move the hand by so much: x, y, z
@@ -35,26 +36,38 @@ def predict_samples(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Predictions:
-    """`seed` alone decides the noise: another policy with chunks of the same size is given the same."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = policy.draw_noise(len(samples), generator)
-    found = []
+    cognition = cognition_tokens(policy, samples, batch_size)
+    return predict_from(policy, cognition, unnorm_key=unnorm_key, batch_size=batch_size, seed=seed)
+
+
+@torch.inference_mode()
+def cognition_tokens(policy: Policy, samples: Sequence[Sample], batch_size: int = 8) -> Tensor:
+    """(N, 1, D)."""
+    tokens = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        found.append(
-            policy.predict(
-                [sample.image for sample in batch],
-                [sample.instruction for sample in batch],
-                unnorm_key=unnorm_key,
-                noise=noise[start : start + batch_size],
-                generator=generator,  # DDPM's at every step
-            )
-        )
-    return Predictions(
-        np.concatenate([prediction.cognition[:, 0].double().cpu().numpy() for prediction in found]),
-        np.concatenate([prediction.normalized_actions for prediction in found]),
-        np.concatenate([prediction.actions for prediction in found]),
-    )
+        inputs = policy.prepare([sample.image for sample in batch], [sample.instruction for sample in batch])
+        tokens.append(policy.think(inputs, policy.see(inputs))[0])
+    return torch.cat(tokens)
+
+
+@torch.inference_mode()
+def predict_from(
+    policy: Policy, cognition: Tensor, *, unnorm_key: str | None = None, batch_size: int = 8, seed: int = 0
+) -> Predictions:
+    """What follows from cognition tokens (N, 1, D).
+
+    `seed` alone decides the noise: another policy with chunks of the same size is given the same.
+    """
+    stats = policy.action_stats(unnorm_key)
+    generator = torch.Generator().manual_seed(seed)
+    noise = policy.draw_noise(len(cognition), generator)
+    chunks = [
+        policy.act(cognition[start : start + batch_size], noise[start : start + batch_size], generator)
+        for start in range(0, len(cognition), batch_size)
+    ]
+    actions, normalized = unnormalize_actions(torch.cat(chunks).float().cpu().numpy(), stats)
+    return Predictions(cognition[:, 0].double().cpu().numpy(), normalized, actions)
 
 
 @dataclass(frozen=True)

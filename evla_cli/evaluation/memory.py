@@ -1,14 +1,18 @@
 """Peak memory of a process that does nothing but load one policy and predict once; what the machine has left."""
 
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evla_cli.errors import EvlaError
 from evla_cli.evaluation.latency import Batch
 from evla_cli.runtime.policy import Policy
 
@@ -25,8 +29,37 @@ def peak_memory(load: Callable[..., Policy], batch: Batch, device: str, threads:
         imported_rss_anon_bytes: of the first, what was there before loading began.
         peak_device_bytes: torch's allocations on a GPU; None elsewhere.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_load_and_predict, (load, batch, device, threads))
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, load, batch, device, threads), daemon=True)
+    # Ctrl-C reaches every process of a terminal; the child inherits that it is not told.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError as error:
+        process.join()
+        raise EvlaError(
+            f"The process that measures memory ended with {process.exitcode}; -9 is the system's answer to too little "
+            "memory."
+        ) from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(answer, EvlaError):
+        raise answer
+    return answer
+
+
+def _answer(sender: Connection, *arguments: Any) -> None:
+    try:
+        sender.send(_load_and_predict(*arguments))
+    except EvlaError as error:
+        sender.send(error)
 
 
 def _load_and_predict(load: Callable[..., Policy], batch: Batch, device: str, threads: int) -> dict[str, int | None]:
@@ -70,8 +103,11 @@ class _Sampler:
         self._sample()
 
     def _watch(self) -> None:
+        parent = multiprocessing.parent_process()
         while not self._ended.is_set():
             self._sample()
+            if parent is not None and not parent.is_alive():
+                os._exit(1)  # nobody waits for the answer
             time.sleep(_SECONDS_BETWEEN_SAMPLES)
 
     def _sample(self) -> None:
