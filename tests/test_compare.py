@@ -201,6 +201,19 @@ def test_tokens_leave_the_source_after_the_same_layer(cogact_run, compressed):
     assert (cache.action_cache.interval, cache.visual_tokens.num_keep) == (4, None)
 
 
+def test_settings_of_a_fit_the_fewer_layers_of_b(cogact_run, compressed, image_samples, tmp_path):
+    """A's tokens leave before layer 5 of 6; B has four layers."""
+    late = pipeline.settings_with(None, visual_tokens={"num_keep": 7, "prune_layer": 5}, action_cache={"interval": 1})
+    pipeline.export(cogact_run, tmp_path / "late", late)
+    found = variants(tmp_path / "late", compressed)
+    assert (
+        found["weights"].settings.visual_tokens.prune_layer == found["layers"].settings.visual_tokens.prune_layer == 3
+    )
+    assert found["mlp"].settings.visual_tokens.prune_layer == 5
+    report = evla_json("compare", tmp_path / "late", compressed, "--samples", image_samples, "--num-samples", 2)
+    assert list(report["measures"]) == ["noise", "tokens", "cache", "layers", "mlp", "weights", "all"]
+
+
 def test_sampling_is_told_apart_from_caching(cogact_run, image_samples, tmp_path):
     settings = pipeline.settings_with(None, action_cache={"interval": 2}, diffusion={"num_denoise_steps": 5})
     pipeline.export(cogact_run, tmp_path / "fast", settings)

@@ -29,7 +29,7 @@ from evla_cli.models.tiled_linear import TiledLinear, tile_linear
 @pytest.fixture
 def no_half_units(monkeypatch):
     """As on a processor that cannot multiply in half precision."""
-    monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: False)
+    monkeypatch.setattr(tiled_linear, "multiplies_natively", lambda dtype: False)
 
 
 class TestFinite:
@@ -84,7 +84,7 @@ class TestTiledLinear:
         assert linear(values[0]).shape == (8,)
 
     def test_only_where_it_is_needed(self, monkeypatch):
-        monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: dtype == torch.bfloat16)
+        monkeypatch.setattr(tiled_linear, "multiplies_natively", lambda dtype: dtype == torch.bfloat16)
         cases = {
             (torch.float32, torch.float32, "cpu"): False,
             (torch.bfloat16, torch.bfloat16, "cpu"): False,
@@ -118,7 +118,7 @@ class TestDecoderStream:
     def test_float32_on_a_half_checkpoint_equals_float32_weights(
         self, cogact_run, tmp_path, image_samples, native, monkeypatch
     ):
-        monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: native)
+        monkeypatch.setattr(tiled_linear, "multiplies_natively", lambda dtype: native)
         half = cast_run(cogact_run, tmp_path / "half", torch.bfloat16)
         found = pipeline.analyze(half, image_samples)
         expected = pipeline.analyze(cast_run(half, tmp_path / "wide", torch.float32), image_samples)

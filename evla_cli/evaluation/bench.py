@@ -37,6 +37,7 @@ from evla_cli.evaluation.memory import available_bytes, peak_memory
 from evla_cli.evaluation.stock import load_stock_policy
 from evla_cli.models.processing import CogACTProcessor
 from evla_cli.models.skeleton import build_skeleton, check_device
+from evla_cli.models.tiled_linear import multiplies_natively
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
 from evla_cli.settings import InferenceSettings
 
@@ -303,6 +304,7 @@ def _environment(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name(device) if on_gpu else _processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "native_bfloat16": multiplies_natively(torch.bfloat16),
         "threads": torch.get_num_threads(),
         "versions": {
             "evla": __version__,

@@ -21,7 +21,7 @@ from evla_cli.models.skeleton import check_device
 from evla_cli.plan import PLAN, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.policy import Policy, policy_from_weights
-from evla_cli.settings import InferenceSettings
+from evla_cli.settings import InferenceSettings, VisualTokenSettings
 
 SCHEMA_VERSION = 1
 
@@ -124,7 +124,7 @@ def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Va
         variants.append(Variant("mlp", without_channels(a.checkpoint, plan), a.settings))
     tokens = replace(
         b.settings,
-        visual_tokens=replace(b.settings.visual_tokens, prune_layer=_prune_layer_in_source(a, b, plan)),
+        visual_tokens=_tokens_in_source(a, b, plan),
         action_cache=a.settings.action_cache,
         diffusion=a.settings.diffusion,
     )
@@ -133,7 +133,7 @@ def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Va
         Variant("cache", a.checkpoint, replace(a.settings, action_cache=b.settings.action_cache)),
         Variant("sampling", a.checkpoint, replace(a.settings, diffusion=b.settings.diffusion)),
     ]
-    variants[2:2] = [variant for variant in on_a if _acts_differently(variant.settings, a.settings)]
+    variants[2:2] = [variant for variant in on_a if variant.settings != a.settings]
     variants.append(Variant("weights", b.checkpoint, _fitting(a.settings, b.checkpoint.num_layers)))
     return [*variants, Variant("all", b.checkpoint, b.settings)]
 
@@ -195,24 +195,21 @@ def _hashes(checkpoint: Checkpoint) -> list[str]:
     return [checkpoint.reader.sha256]
 
 
-def _prune_layer_in_source(a: Candidate, b: Candidate, plan: PrunePlan | None) -> int:
-    """Tokens leave A after the same layer as B, which the plan may have renumbered."""
-    layer = b.settings.visual_tokens.prune_layer
-    if plan is not None and layer <= len(plan.keep_layers):
-        layer = plan.keep_layers[layer - 1] + 1
-    return min(layer, a.checkpoint.num_layers - 1)
+def _tokens_in_source(a: Candidate, b: Candidate, plan: PrunePlan | None) -> VisualTokenSettings:
+    """B's, with tokens that leave A after the same layer, which the plan may have renumbered."""
+    tokens = b.settings.visual_tokens
+    if tokens.num_keep is None:
+        return tokens
+    layer = tokens.prune_layer if plan is None else plan.keep_layers[tokens.prune_layer - 1] + 1
+    return replace(tokens, prune_layer=min(layer, a.checkpoint.num_layers - 1))
 
 
 def _fitting(settings: InferenceSettings, num_layers: int) -> InferenceSettings:
     """A's settings where fewer layers are left than it prunes tokens after."""
     tokens = settings.visual_tokens
-    return replace(settings, visual_tokens=replace(tokens, prune_layer=max(1, min(tokens.prune_layer, num_layers - 1))))
-
-
-def _acts_differently(settings: InferenceSettings, than: InferenceSettings) -> bool:
-    if settings.visual_tokens.num_keep is None and than.visual_tokens.num_keep is None:
-        settings = replace(settings, visual_tokens=than.visual_tokens)  # unused
-    return settings != than
+    if tokens.num_keep is None or tokens.prune_layer < num_layers:
+        return settings
+    return replace(settings, visual_tokens=replace(tokens, prune_layer=max(1, num_layers - 1)))
 
 
 def common_unnorm_key(a: Candidate, b: Candidate, key: str | None) -> str:

@@ -179,7 +179,7 @@ def bench_table(record: dict[str, Any]) -> str:
         ),
     ]
     for row in rows:
-        if row["settings"]["visual_tokens"]["num_keep"] is not None:
+        if row["settings"]["visual_tokens"].get("num_keep") is not None:
             share = row["token_selection_share"]
             parts.append(
                 f"{row['name']}: selecting tokens takes {share['median']:.2%} of the language model's time "
@@ -229,9 +229,10 @@ def _bench_notes(record: dict[str, Any]) -> str:
     order = "interleaved, who comes first going round"
     if protocol["loaded"] == "in turn":
         order = f"the models do not fit into memory together: each loaded {protocol['visits']} times, one after another"
+    bfloat16 = "multiplies" if environment["native_bfloat16"] else "does not multiply"
     return (
-        f"{environment['device']}: {environment['device_name']} ({environment['instructions']}), "
-        f"{environment['threads']} threads; {versions}.\n"
+        f"{environment['device']}: {environment['device_name']}; the processor has {environment['instructions']} and "
+        f"{bfloat16} bfloat16; {environment['threads']} threads; {versions}.\n"
         f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}."
     )
 

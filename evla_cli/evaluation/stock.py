@@ -60,7 +60,7 @@ class StockPolicy(Policy):
         outputs = self.model.language_model(
             inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=True, output_hidden_states=True
         )
-        return outputs.hidden_states[-1][torch.arange(batch), last][:, None], None
+        return outputs.hidden_states[-1][torch.arange(batch, device=last.device), last][:, None], None
 
     def act(self, cognition: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
         head, diffusion = self.model.action_head, self.settings.diffusion
