@@ -17,6 +17,7 @@ Examples:
 @click.argument("candidates", type=PATH, nargs=-1, required=True)
 @click.option(
     "--baseline",
+    metavar="NAMES",
     default="stock,neutral",
     show_default=True,
     help="Of the first candidate's weights: stock, neutral, both, or none.",

@@ -33,7 +33,7 @@ from evla_cli.evaluation.latency import (
     measure_latency,
     rotated,
 )
-from evla_cli.evaluation.memory import available_bytes, peak_memory
+from evla_cli.evaluation.memory import available_bytes, peak_memory, release
 from evla_cli.evaluation.stock import load_stock_policy
 from evla_cli.models.processing import CogACTProcessor
 from evla_cli.models.skeleton import build_skeleton, check_device
@@ -102,6 +102,7 @@ def bench(
     with _threads(threads):
         for session, session_runs in sessions:
             _run_session(session, session_runs, warmup, batch, device, dtype, measured)
+            release(device)
         memory = {
             row.name: peak_memory(
                 partial(_load_row, row.model, row.settings, device, dtype), batch, device, torch.get_num_threads()

@@ -15,6 +15,7 @@ from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.candidates import Candidate, open_candidates
 from evla_cli.evaluation.feature_reuse import feature_reuse
 from evla_cli.evaluation.fidelity import Predictions, cognition_tokens, fidelity, predict_from
+from evla_cli.evaluation.memory import release
 from evla_cli.families.base import Checkpoint, prune_config
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.models.skeleton import check_device
@@ -73,6 +74,7 @@ def compare(
             if number == 0 or variant.checkpoint is not variants[number - 1].checkpoint:
                 policy = None  # gone before the next one comes
                 tokens.clear()
+                release(device)
                 torch_dtype = getattr(torch, dtype) if dtype else None
                 policy = policy_from_weights(variant.checkpoint, device=device, dtype=torch_dtype)
             assert policy is not None

@@ -1,5 +1,6 @@
 """Peak memory of a process that does nothing but load one policy and predict once; what the machine has left."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -83,6 +84,13 @@ def available_bytes(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return 1024 * _kilobytes(_MEMINFO, "MemAvailable")
+
+
+def release(device: str) -> None:
+    """Give back what models held that nothing refers to any more, for another model or another process."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Sampler:
