@@ -37,8 +37,9 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## Write docs/cli.md from the commands' --help
+docs: $(STAMP)  ## Write docs/cli.md from the commands' --help, and docs/scaling.md
 	$(BIN)/python scripts/make_cli_docs.py
+	$(BIN)/python scripts/make_scaling_docs.py
 
 train-demo: $(STAMP)  ## Train the demo model again (hours; needs the system library libosmesa6)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'

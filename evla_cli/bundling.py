@@ -4,9 +4,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, differing_files, open_bundle, open_manifest, write_manifest
+from evla_cli.checkpoint.bundle import (
+    MANIFEST,
+    SETTINGS,
+    differing_files,
+    open_bundle,
+    open_manifest,
+    start_hashing,
+    write_manifest,
+)
 from evla_cli.checkpoint.files import copy_file, write_json, write_text, write_yaml
-from evla_cli.checkpoint.tensors import load_finite, total_bytes, total_elements
+from evla_cli.checkpoint.read_ahead import ReadAheadHash
+from evla_cli.checkpoint.tensors import LazyTensors, load_finite, total_bytes, total_elements
 from evla_cli.errors import CheckFailed, EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import TOKENIZER_FILES, Checkpoint
@@ -63,40 +72,49 @@ def _provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str
     return {"source": source, "plan": decided, "recipe": recipe | {"export": export}}
 
 
-def verify_bundle(root: Path, every_byte: bool = True) -> dict[str, Any]:
-    """All that can be wrong with a bundle or a pruned checkpoint: files and hashes, weights against the model, and a
-    bundle's settings against both.
-
-    Args:
-        every_byte: hash the files and look for NaN; without it, names, sizes and shapes alone.
+def verify_bundle(root: Path) -> dict[str, Any]:
+    """All that can be wrong with a bundle or a pruned checkpoint: files and hashes, weights against the model, NaN, and
+    a bundle's settings against both. Reads every byte once.
 
     Errors: CheckFailed for whatever is wrong; EvlaError where there is nothing to check.
     """
     if not (root / MANIFEST).is_file():
         raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
     try:
-        return _check_bundle(root, every_byte)
+        bundle = open_manifest(root)
+        hashing = start_hashing(bundle)
+        problem = None
+        try:
+            weights = _check_contents(root, hashing)
+        except EvlaError as error:  # of a file that was changed, that is the thing to say
+            problem = error
+        changed = differing_files(bundle, hashing)
+        if changed:
+            raise EvlaError(
+                f"{root}: {len(changed)} files differ from the manifest (first: {changed[0]})."
+            ) from problem
+        if problem is not None:
+            raise problem
     except EvlaError as error:
         raise CheckFailed(str(error)) from error
+    return {"files": len(bundle.files), "tensors": len(weights), "bytes": total_bytes(weights)}
 
 
-def _check_bundle(root: Path, every_byte: bool) -> dict[str, Any]:
-    bundle = open_manifest(root)
-    changed = differing_files(bundle) if every_byte else []
-    if changed:
-        raise EvlaError(f"{root}: {len(changed)} files differ from the manifest (first: {changed[0]}).")
+def _check_contents(root: Path, hashing: ReadAheadHash) -> LazyTensors:
+    """The weights, after everything but the hashes was checked, behind `hashing` and so from the page cache."""
     checkpoint = open_checkpoint(root)
     if checkpoint.layout == "bundle":
         open_bundle(root)
         check_export(checkpoint, InferenceSettings.load(root / SETTINGS))
     else:
         checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, root)
-    if every_byte:
-        with progress_bar("verifying", len(checkpoint.weights), "tensor") as bar:
-            for name, lazy in checkpoint.weights.items():
-                load_finite(name, lazy)
-                bar.update()
-    return {"files": len(bundle.files), "tensors": len(checkpoint.weights), "bytes": total_bytes(checkpoint.weights)}
+    total = total_bytes(checkpoint.weights)
+    with progress_bar("verifying", total, "B") as bar:
+        for name, lazy in checkpoint.weights.items():
+            load_finite(name, lazy)
+            hashing.advance(lazy.num_bytes / total)
+            bar.update(lazy.num_bytes)
+    return checkpoint.weights
 
 
 def check_export(checkpoint: Checkpoint, settings: InferenceSettings, num_layers: int | None = None) -> None:
@@ -129,11 +147,12 @@ def _readme(checkpoint: Checkpoint, settings: InferenceSettings) -> str:
 # A compressed {checkpoint.family.name} policy
 
 Made by `evla export`. {total_elements(checkpoint.weights) / 1e6:,.1f} M parameters; {checkpoint.num_layers} decoder
-layers with an MLP width of {checkpoint.intermediate_size}; {tokens.num_keep or "all"} visual tokens kept;
-{diffusion.num_denoise_steps} denoising steps, the action head computed every {cache.interval}.
+layers with an MLP width of {checkpoint.intermediate_size}; {tokens.num_keep or "all"} visual tokens kept (method
+{tokens.method}); {diffusion.num_denoise_steps} denoising steps, the action head computed every {cache.interval}.
 
     import evla_cli
     policy = evla_cli.load_policy("path/to/this/directory")
+    policy.reset()  # where an episode starts
     actions = policy.predict_action(image, "pick up the red block")  # (horizon, action_dim), in the robot's units
 
 | file | what it is |

@@ -70,7 +70,7 @@ def analyze(
     batches = ranks.share(math.ceil(len(samples) / batch_size))
     mine = samples[batches.start * batch_size : batches.stop * batch_size]
     reader, weight_bytes = checkpoint.reader, total_bytes(checkpoint.weights)
-    with torch.inference_mode():
+    with torch.inference_mode(), _out_of_memory(device):
         stream = DecoderStream(
             checkpoint,
             mine,
@@ -86,7 +86,7 @@ def analyze(
             for index, layer in enumerate(stream.layers()):
                 similarities = []
                 for batch in stream.batches:
-                    values, output = run_layer(layer, batch.hidden_states, batch.mask, batch.arguments[index])
+                    values, output = run_layer(layer, *stream.on_device(batch), stream.arguments(batch, index))
                     batch.hidden_states.copy_(output)
                     similarities += values
                     bar.update()
@@ -109,12 +109,25 @@ def analyze(
     )
 
 
+@contextmanager
+def _out_of_memory(device: str) -> Iterator[None]:
+    """What to do about a GPU that is too small, instead of a traceback."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EvlaError(
+            f"{device} is out of memory: use a smaller --batch-size, or --memory-budget, beyond which hidden states "
+            "wait in a file for their turn."
+        ) from error
+
+
 def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ranks) -> dict[str, Any] | None:
     """How alike the action head's denoising steps are, given the cognition tokens of the samples."""
     if checkpoint.family.action_head is None:
         return None
     norm = stream.load_part(f"{checkpoint.family.decoder}.norm")
-    tokens = [cognition_token(norm(batch.hidden_states), batch.mask) for batch in stream.batches]
+    batches = map(stream.on_device, stream.batches)
+    tokens = [cognition_token(norm(hidden_states), mask) for hidden_states, mask in batches]
     everyones = torch.cat(ranks.gather([token.cpu() for token in tokens])).to(stream.device)
     return denoise_similarity(stream.load_part(checkpoint.family.action_head), everyones)
 
@@ -394,10 +407,7 @@ def export(
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
 ) -> dict[str, Any]:
-    """Write a self-contained bundle from a checkpoint that acts, then check what was written.
-
-    Weights are looked at for NaN and hashed as they pass; what is on the disk is read again by `evla verify` alone.
-    """
+    """Write a self-contained bundle from a checkpoint that acts; then read it again, for all that `verify` does."""
     checkpoint = open_checkpoint(source)
     shard_bytes = parse_size(max_shard_size)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
@@ -408,7 +418,7 @@ def export(
         with _byte_progress("exporting", weights, checkpoint.reader) as on_bytes:
             hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
-        facts = verify_bundle(staging, every_byte=False)
+        facts = verify_bundle(staging)
         checkpoint.reader.check_unchanged()
         if on_complete:
             on_complete(staging)

@@ -249,10 +249,10 @@ def _to_text(stamp: Stamp) -> str:
 
 def _from_text(text: str) -> Stamp:
     try:
-        size, mtime_ns, inode = map(int, text.split(":"))
+        size, ctime_ns, inode = map(int, text.split(":"))
     except ValueError as error:
         raise EvlaError(f"{STATE}: '{text[:80]}' is not size:time:inode of a file.") from error
-    return size, mtime_ns, inode
+    return size, ctime_ns, inode
 
 
 def _key(stage: str, inputs: dict[str, Any]) -> str:

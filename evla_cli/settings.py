@@ -1,6 +1,6 @@
 """Settings that a runtime obeys (`inference.yaml`) and recipes that `evla run` follows: strict, frozen, torch-free."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,15 @@ from evla_cli.schema import from_mapping, to_mapping
 
 SCHEMA_VERSION = 1
 
+# What `method` may be, and which of the section's other keys each method obeys; the others must be left alone.
+TOKEN_METHODS = {
+    "evla": ("num_keep", "prune_layer", "num_key", "task_ratio", "context", "diversity"),
+    "fastv": ("num_keep", "prune_layer"),
+    "random": ("num_keep", "prune_layer", "seed"),
+    "vla_cache": ("similarity_threshold", "num_static", "num_task", "entropy_scale", "context"),
+    "none": (),
+}
+CACHE_METHODS = {"static": ("interval", "modules", "blocks"), "none": ()}
 CONTEXTS = ("text", "instruction", "cognition")
 DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
@@ -20,9 +29,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class VisualTokenSettings:
-    """Which visual tokens the decoder keeps (EfficientVLA, arXiv 2506.10100, section 3.3).
+    """How the decoder saves work on visual tokens: keeping few of them, or taking some over from the frame before.
 
     Attributes:
+        method: "evla" (EfficientVLA, arXiv 2506.10100, section 3.3), "fastv" (arXiv 2403.06764), "random" (a control),
+            "vla_cache" (arXiv 2502.02175), "none". `TOKEN_METHODS` says which of the keys below each obeys.
         num_keep: visual tokens left; None keeps all.
         prune_layer: the tokens leave before this layer of the pruned decoder (0-based); the one before scores them.
         num_key: of them, how many are the highest-scoring "key" tokens.
@@ -30,24 +41,51 @@ class VisualTokenSettings:
         context: the rows whose attention scores a visual token: every prompt token after the image, those of the
             instruction alone, or the cognition token alone.
         diversity: distance to the key tokens (Eq. 4), to key and task tokens, or greedily to everything chosen so far.
+        seed: of the random choice.
+        similarity_threshold: cosine of a patch's pixels in two frames from which on it counts as static.
+        num_static: at most so many static tokens, the most similar ones; None: all that reach the threshold.
+        num_task: tokens, the most attended ones of the frame before, that are computed anew though they be static;
+            None: half of all.
+        entropy_scale: how fast the share of static tokens that are reused grows over the layers (the paper's k).
     """
 
+    method: str = field(default="evla", kw_only=True)
     num_keep: int | None = None
     prune_layer: int = 2
     num_key: int = 4
     task_ratio: float = 0.5
     context: str = "text"
     diversity: str = "one_shot"
+    seed: int = 0
+    similarity_threshold: float = 0.996
+    num_static: int | None = None
+    num_task: int | None = None
+    entropy_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        _refuse_idle(self, TOKEN_METHODS)
         _at_least("prune_layer", self.prune_layer, 1)
         _at_least("num_key", self.num_key, 1)
         if not 0 <= self.task_ratio <= 1:
             raise EvlaError(f"task_ratio must be between 0 and 1, got {self.task_ratio}.")
-        if self.num_keep is not None and self.num_keep < self.num_key:
+        if self.num_keep is not None:
+            _at_least("num_keep", self.num_keep, 1)
+        if self.method == "evla" and self.num_keep is not None and self.num_keep < self.num_key:
             raise EvlaError(f"num_keep is {self.num_keep}, fewer than the {self.num_key} key tokens it must include.")
         _one_of("context", self.context, CONTEXTS)
         _one_of("diversity", self.diversity, DIVERSITIES)
+        _at_least("seed", self.seed, 0)
+        _at_least("num_static", self.num_static or 0, 0)
+        _at_least("num_task", self.num_task or 0, 0)
+        if not 0 <= self.similarity_threshold <= 1:
+            raise EvlaError(f"similarity_threshold must be between 0 and 1, got {self.similarity_threshold}.")
+        if not 0 <= self.entropy_scale < float("inf"):
+            raise EvlaError(f"entropy_scale must be 0 or more, got {self.entropy_scale}.")
+
+    @property
+    def score_rows(self) -> str:
+        """One of CONTEXTS. FastV's score is the attention of the last row, the cognition token's, alone."""
+        return "cognition" if self.method == "fastv" else self.context
 
 
 @dataclass(frozen=True)
@@ -55,16 +93,19 @@ class ActionCacheSettings:
     """How often the action head's blocks are computed (FORA, arXiv 2407.01425; EfficientVLA, section 3.4).
 
     Attributes:
+        method: "static" (every `interval` steps) or "none".
         interval: denoising steps between two full computations; 1 is no caching.
         modules: what is reused in between: "attention", "mlp" or both.
         blocks: which blocks reuse; None is all of them.
     """
 
+    method: str = field(default="static", kw_only=True)
     interval: int = 1
     modules: tuple[str, ...] = MODULES
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        _refuse_idle(self, CACHE_METHODS)
         _at_least("interval", self.interval, 1)
         for module in self.modules:
             _one_of("modules", module, MODULES)
@@ -111,15 +152,20 @@ class InferenceSettings:
         return from_mapping(cls, _read_versioned(path), str(path))
 
     def to_record(self) -> dict[str, Any]:
-        return to_mapping(self)
+        """What stands in the file: the keys that the chosen methods obey."""
+        record = to_mapping(self)
+        for section, methods in (("visual_tokens", TOKEN_METHODS), ("action_cache", CACHE_METHODS)):
+            obeyed = ("method", *methods[record[section]["method"]])
+            record[section] = {key: record[section][key] for key in obeyed}
+        return record
 
     def check(self, num_visual_tokens: int, num_layers: int, num_blocks: int, num_train_steps: int) -> None:
         """Refuse settings that the model cannot obey."""
         tokens, cache, steps = self.visual_tokens, self.action_cache, self.diffusion.num_denoise_steps
-        if tokens.num_keep is not None and tokens.num_keep > num_visual_tokens:
-            raise EvlaError(
-                f"visual_tokens.num_keep is {tokens.num_keep}; the model has {num_visual_tokens} visual tokens."
-            )
+        for name in ("num_keep", "num_static", "num_task"):
+            count = getattr(tokens, name)
+            if count is not None and count > num_visual_tokens:
+                raise EvlaError(f"visual_tokens.{name} is {count}; the model has {num_visual_tokens} visual tokens.")
         if tokens.num_keep is not None and tokens.prune_layer >= num_layers:
             raise EvlaError(
                 f"visual_tokens.prune_layer is {tokens.prune_layer}; the decoder has {num_layers} layers, "
@@ -217,6 +263,18 @@ def _read_versioned(path: Path) -> dict[str, Any]:
     if "schema_version" not in record:
         raise EvlaError(f"{path}: missing key 'schema_version' ({SCHEMA_VERSION}).")
     return record
+
+
+def _refuse_idle(record: Any, methods: dict[str, tuple[str, ...]]) -> None:
+    """An unknown method, or a key that is set though the method does not obey it."""
+    _one_of("method", record.method, tuple(methods))
+    for key in fields(record):
+        obeyed = key.name in ("method", *methods[record.method])
+        if not obeyed and getattr(record, key.name) != key.default:
+            others = " or ".join(f"'{method}'" for method, keys in methods.items() if key.name in keys)
+            raise EvlaError(
+                f"{key.name} does nothing under method '{record.method}'; leave it out, or choose {others}."
+            )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -22,14 +22,15 @@ from demo_env import FIRST_SEED, MAX_STEPS, TASKS, DemoEnv
 from torch import nn
 
 from evla_cli.evaluation.latency import STAGES, Batch, measure_latency
-from evla_cli.methods.visual_tokens import TokenSelection
 from evla_cli.pipeline import analyze
-from evla_cli.runtime import decoder
 from evla_cli.runtime.policy import policy_from_checkpoint
 from evla_cli.settings import ActionCacheSettings, DiffusionSettings, InferenceSettings, VisualTokenSettings
 
 
 class ActingPolicy(Protocol):
+    def reset(self, episode: int) -> None:
+        """An episode starts; its number decides every random choice but the noise."""
+
     def predict_action(self, image: Any, instruction: str, *, seed: int) -> np.ndarray:
         """uint8 (S, S, 3) and text -> un-normalised actions (H, A); `seed` decides the diffusion noise."""
 
@@ -54,7 +55,6 @@ class Variant:
     """A policy made worse, or the policy itself."""
 
     dropped_layers: tuple[int, ...] = ()
-    random_tokens: bool = False  # keep visual tokens at random instead of by score
     settings: InferenceSettings = field(default_factory=InferenceSettings)
 
     def load(self, run: Path) -> ActingPolicy:
@@ -62,14 +62,7 @@ class Variant:
         llama = policy.model.language_model.model
         kept = [layer for index, layer in enumerate(llama.layers) if index not in self.dropped_layers]
         llama.layers = nn.ModuleList(kept)
-        if self.random_tokens:
-            decoder.select_tokens = select_at_random  # type: ignore[assignment]  # this process does nothing else
         return policy
-
-
-def select_at_random(scores: torch.Tensor, features: torch.Tensor, num_keep: int, *_: Any) -> TokenSelection:
-    order = torch.rand(scores.shape).argsort(dim=1)  # (B, V)
-    return TokenSelection(order[:, :num_keep], order[:, :0], order[:, :0])
 
 
 def evaluate(
@@ -115,6 +108,7 @@ def run_episode(env: DemoEnv, policy: ActingPolicy, seed: int, trial: Trial) -> 
         env.reset(seed + 1000)
         frozen = env.render()
     env.reset(seed)
+    policy.reset(seed)
     for step in range(MAX_STEPS):
         if step % trial.executed == 0:
             image = env.render() if frozen is None else frozen
@@ -137,10 +131,12 @@ def rows(run: Path, samples: Path, episodes: int, fewer: int) -> dict[str, tuple
     ranked = sorted(analyze(run, samples).layers, key=lambda layer: layer.importance, reverse=True)
     most, least = (tuple(layer.index for layer in layers) for layers in (ranked[:3], ranked[:-4:-1]))
     # The lower half of this language model finds hand and object, so its tokens can leave from layer 4 on, not before.
-    half, few, later = (
-        InferenceSettings(visual_tokens=VisualTokenSettings(num_keep=num_keep, prune_layer=layer))
-        for num_keep, layer in ((28, 4), (14, 4), (14, 6))
-    )
+    fewer_tokens = {}
+    for num_keep, layer in ((28, 4), (14, 4), (14, 6)):
+        for method, how in (("random", "at random"), ("evla", "by score")):
+            tokens = VisualTokenSettings(num_keep, layer, method=method)
+            name = f"{num_keep} of 64 visual tokens from layer {layer}, {how}"
+            fewer_tokens[name] = (Variant(settings=InferenceSettings(visual_tokens=tokens)), Trial(), fewer)
     cached = InferenceSettings(action_cache=ActionCacheSettings(interval=5))
     two_steps = InferenceSettings(diffusion=DiffusionSettings(num_denoise_steps=2))
     return {
@@ -150,12 +146,7 @@ def rows(run: Path, samples: Path, episodes: int, fewer: int) -> dict[str, tuple
         f"without the 3 most important layers {most}": (Variant(most), Trial(), fewer),
         f"without the 3 least important layers {least}": (Variant(least), Trial(), fewer),
         f"without the least important layer ({least[0]})": (Variant(least[:1]), Trial(), fewer),
-        "28 of 64 visual tokens from layer 4, at random": (Variant(random_tokens=True, settings=half), Trial(), fewer),
-        "28 of 64 visual tokens from layer 4, by score": (Variant(settings=half), Trial(), fewer),
-        "14 of 64 visual tokens from layer 4, at random": (Variant(random_tokens=True, settings=few), Trial(), fewer),
-        "14 of 64 visual tokens from layer 4, by score": (Variant(settings=few), Trial(), fewer),
-        "14 of 64 visual tokens from layer 6, at random": (Variant(random_tokens=True, settings=later), Trial(), fewer),
-        "14 of 64 visual tokens from layer 6, by score": (Variant(settings=later), Trial(), fewer),
+        **fewer_tokens,
         "2 denoising steps": (Variant(settings=two_steps), Trial(), episodes),
         "10 denoising steps, head cached at 8 of them": (Variant(settings=cached), Trial(), fewer),
     }

@@ -480,6 +480,46 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
         settings("!!python/object/apply:os.system ['true']"),
     ),
     "block that does not exist": (WITH_SETTINGS, "has blocks 0 to 2", settings(V1 + "action_cache: {blocks: [3]}")),
+    "misspelt method": (
+        WITH_SETTINGS,
+        "Did you mean 'fastv'?",
+        settings(V1 + "visual_tokens: {method: fast_v}"),
+    ),
+    "key of another method": (
+        WITH_SETTINGS,
+        "num_key does nothing under method 'fastv'; leave it out, or choose 'evla'",
+        settings(V1 + "visual_tokens: {method: fastv, num_keep: 8, num_key: 2}"),
+    ),
+    "option of another method": (
+        f"{WITH_SETTINGS} --num-visual-tokens 8",
+        "num_keep does nothing under method 'vla_cache'; leave it out, or choose 'evla' or 'fastv' or 'random'",
+        settings(V1 + "visual_tokens: {method: vla_cache}"),
+    ),
+    "interval without a cache": (
+        f"{WITH_SETTINGS} --cache-interval 5",
+        "interval does nothing under method 'none'",
+        settings(V1 + "action_cache: {method: none}"),
+    ),
+    "no token kept": (
+        WITH_SETTINGS,
+        "num_keep must be at least 1",
+        settings(V1 + "visual_tokens: {method: random, num_keep: 0}"),
+    ),
+    "similarity above 1": (
+        WITH_SETTINGS,
+        "similarity_threshold must be between 0 and 1",
+        settings(V1 + "visual_tokens: {method: vla_cache, similarity_threshold: 1.5}"),
+    ),
+    "entropy scale that is NaN": (
+        WITH_SETTINGS,
+        "entropy_scale must be 0 or more",
+        settings(V1 + "visual_tokens: {method: vla_cache, entropy_scale: .nan}"),
+    ),
+    "more task tokens than there are": (
+        WITH_SETTINGS,
+        "num_task is 17; the model has 16",
+        settings(V1 + "visual_tokens: {method: vla_cache, num_task: 17}"),
+    ),
     # Predicting
     "no bundle": ("predict run --image samples/0.png --instruction open", "is not a bundle (no manifest.json)"),
     "no image": ("predict bundle --image nothing.png --instruction open", "nothing.png does not exist"),

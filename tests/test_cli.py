@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import evla_cli
+from evla_cli.checkpoint import output_file
 from evla_cli.cli.main import cli
 
 COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench", "compare")
@@ -297,6 +300,21 @@ def test_export_twice_gives_the_same_bytes(bundle, cogact_run, tmp_path):
     assert contents(tmp_path / "again") == contents(bundle)
 
 
+def test_export_reads_again_what_it_wrote(cogact_run, tmp_path, monkeypatch):
+    """A disk that does not keep what it is given."""
+    write = os.write
+
+    def forgetful(descriptor: int, data: memoryview) -> int:
+        kept = bytearray(data)
+        kept[-1] ^= 1
+        return write(descriptor, kept)
+
+    monkeypatch.setattr(output_file, "os", SimpleNamespace(**(vars(os) | {"write": forgetful})))
+    error = evla_error("export", cogact_run, tmp_path / "b", code=1)
+    assert "1 files differ from the manifest (first: model.safetensors)" in error
+    assert not any(tmp_path.iterdir())
+
+
 def test_options_win_over_the_settings_file(cogact_run, tmp_path):
     (tmp_path / "s.yaml").write_text("schema_version: 1\nvisual_tokens: {num_keep: 8}\naction_cache: {interval: 2}\n")
     options = ("--settings", tmp_path / "s.yaml", "--cache-interval", 3, "--dtype", "bfloat16", "--cfg-scale", 2)
@@ -306,6 +324,29 @@ def test_options_win_over_the_settings_file(cogact_run, tmp_path):
     assert settings["action_cache"]["interval"] == 3
     assert settings["diffusion"]["cfg_scale"] == 2.0
     assert facts["bytes"] < (cogact_run / "checkpoints/pico.pt").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("tokens", "neutral"),
+    [
+        ("{method: evla, num_keep: 8}", False),
+        ("{method: fastv, num_keep: 8}", False),
+        ("{method: random, num_keep: 8, seed: 3}", False),
+        ("{method: vla_cache}", True),  # the first frame of an episode
+        ("{method: none}", True),
+    ],
+)
+def test_every_method_is_exported_verified_and_run(tokens, neutral, cogact_run, image_samples, tmp_path):
+    (tmp_path / "s.yaml").write_text(f"schema_version: 1\nvisual_tokens: {tokens}\naction_cache: {{method: none}}\n")
+    evla("export", cogact_run, tmp_path / "b", "--settings", tmp_path / "s.yaml")
+    evla("export", cogact_run, tmp_path / "plain", "--cache-interval", 1)
+    assert evla_json("verify", tmp_path / "b")["ok"]
+    told = yaml.safe_load((tmp_path / "b/inference.yaml").read_text())
+    assert yaml.safe_load(tokens).items() <= told["visual_tokens"].items()
+    assert told["action_cache"] == {"method": "none"}
+    arguments = ("--image", image_samples / "0.png", "--instruction", "open drawer", "--seed", 3)
+    actions, plain = (evla_json("predict", tmp_path / name, *arguments)["actions"] for name in ("b", "plain"))
+    assert (actions == plain) is neutral
 
 
 def test_shards_are_as_small_as_asked(cogact_run, tmp_path):

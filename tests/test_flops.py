@@ -81,6 +81,39 @@ def test_parameters(layers, mlp, head, billions):
     assert parameters(skeleton(layers, mlp, head)) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+def tokens(method, convention="full", reused=(), **keys):
+    chosen = InferenceSettings(visual_tokens=VisualTokenSettings(method=method, **keys))
+    return count_flops(skeleton(), chosen, convention=convention, reused=reused).language_model
+
+
+@pytest.mark.parametrize("convention", ["paper", "full"])
+def test_reused_tokens_are_not_computed_but_attended_to(convention):
+    """Llama-2-7B: 4 x 4096^2 + 3 x 4096 x 11008 weights a layer, 288 positions, 31 prompt rows that score."""
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+    reused = [0, 0, *range(1, 31)]
+    expected = sum(2 * weights * (288 - count) for count in reused)
+    if convention == "full":
+        expected += sum(4 * (288 - count) * 288 * 4096 for count in reused)
+        expected += 32 * (2 * 31 * 4096**2 + 2 * 31 * 288 * 4096)
+    assert tokens("vla_cache", convention, reused) == expected
+    assert tokens("vla_cache", convention) == tokens("vla_cache", convention, [0] * 32)
+
+
+def test_the_share_of_flops_that_vla_cache_leaves_in_the_paper():
+    """80.1 % of CogACT-Base's: a quarter of all visual tokens of all layers taken over."""
+    chosen = InferenceSettings(visual_tokens=VisualTokenSettings(method="vla_cache"))
+    flops = count_flops(skeleton(), chosen, reused=[256 / 4] * 32)
+    assert 100 * flops.total / dense().total == pytest.approx(80.1, abs=0.7)
+
+
+def test_scores_are_counted_where_there_are_any():
+    scored, at_random = tokens("evla", num_keep=56), tokens("random", num_keep=56)
+    assert tokens("fastv", num_keep=56) == scored
+    assert scored - at_random == 2 * 4096**2 * (31 + 288) + 2 * 31 * 288 * 4096
+    assert tokens("evla", "paper", num_keep=56) == tokens("random", "paper", num_keep=56)
+    assert tokens("none") == tokens("evla")
+
+
 def test_the_full_convention_counts_what_runs():
     """Attention products on top, the unused last block of each tower off."""
     full = count_flops(skeleton(), settings(), convention="full")

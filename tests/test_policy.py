@@ -1,5 +1,7 @@
 """The runtime under its settings: neutral ones change nothing, others do what a literal reference does."""
 
+import random
+
 import numpy as np
 import pico
 import pytest
@@ -14,6 +16,8 @@ from evla_cli.runtime.policy import load_policy
 from evla_cli.settings import ActionCacheSettings, DiffusionSettings, InferenceSettings, VisualTokenSettings
 
 PRUNED = InferenceSettings(visual_tokens=VisualTokenSettings(num_keep=7, num_key=2))
+FASTV = InferenceSettings(visual_tokens=VisualTokenSettings(7, 3, method="fastv"))
+RANDOM = InferenceSettings(visual_tokens=VisualTokenSettings(7, 3, method="random", seed=5))
 FULL = InferenceSettings(
     visual_tokens=VisualTokenSettings(num_keep=7, num_key=2, context="instruction", diversity="greedy"),
     action_cache=ActionCacheSettings(interval=5),
@@ -39,6 +43,9 @@ def test_neutral_settings_are_bit_equal_to_the_plain_model(policy, scenes, noise
         VisualTokenSettings(),
         VisualTokenSettings(num_keep=pico.NUM_VISUAL, num_key=2),
         VisualTokenSettings(num_keep=pico.NUM_VISUAL, prune_layer=4, task_ratio=1.0, diversity="greedy"),
+        VisualTokenSettings(method="none"),
+        VisualTokenSettings(method="fastv"),
+        VisualTokenSettings(num_keep=pico.NUM_VISUAL, method="random"),
     ):
         neutral = policy.with_settings(InferenceSettings(visual_tokens=visual))
         prediction = neutral.predict(*scenes, noise=noise)
@@ -47,7 +54,9 @@ def test_neutral_settings_are_bit_equal_to_the_plain_model(policy, scenes, noise
         assert np.array_equal(prediction.actions, policy.predict(*scenes, noise=noise).actions)
 
 
-@pytest.mark.parametrize("settings", [InferenceSettings(), PRUNED, FULL], ids=["neutral", "pruned", "full"])
+@pytest.mark.parametrize(
+    "settings", [InferenceSettings(), PRUNED, FASTV, FULL], ids=["neutral", "pruned", "fastv", "full"]
+)
 def test_a_batch_of_8_equals_8_batches_of_1(policy64, settings, scenes, noise):
     policy = policy64.with_settings(settings)
     together = policy.predict(*scenes, noise=noise)
@@ -97,8 +106,11 @@ def test_policies_on_one_model_do_not_disturb_each_other_and_leave_no_trace(poli
     assert policy.model.config.to_dict() == config
 
 
-def literal_pruned_run(model, inputs, settings):
-    """One sample, T positions: attention from explicit masks and softmax, kept positions gathered by hand."""
+def literal_pruned_run(model, inputs, settings, choose):
+    """One sample, T positions: attention from explicit masks and softmax, kept positions gathered by hand.
+
+    `choose(scores, features)` says which visual tokens are kept.
+    """
     visual, llama = settings.visual_tokens, model.language_model.model
     embeds = model.embed_inputs(*inputs.arguments())
     length, first_text = embeds.shape[1], 1 + pico.NUM_VISUAL
@@ -113,7 +125,7 @@ def literal_pruned_run(model, inputs, settings):
         "instruction": [
             pico.NUM_VISUAL + i for i in range(1, inputs.input_ids.shape[1]) if inputs.instruction_mask[0, i]
         ],
-    }[visual.context]
+    }["cognition" if visual.method == "fastv" else visual.context]
 
     def attention(layer, hidden):
         """Weights (heads, T, T) and the layer's attention output."""
@@ -141,9 +153,8 @@ def literal_pruned_run(model, inputs, settings):
     kept = scores = None
     for index, layer in enumerate(llama.layers):
         if index == visual.prune_layer:
-            numbers = (visual.num_keep, visual.num_key, visual.task_ratio, visual.diversity)
-            kept = select_tokens(scores[None], embeds[:, 1:first_text], *numbers).kept[0]
-            positions = [0, *(1 + kept).tolist(), *range(first_text, length)]
+            kept = choose(scores, embeds[:, 1:first_text])
+            positions = [0, *(1 + token for token in kept), *range(first_text, length)]
             hidden = hidden[positions]
         weights, mixed = attention(layer, hidden)
         if index == visual.prune_layer - 1:
@@ -162,13 +173,70 @@ def test_pruned_tokens_run_as_a_literal_reference_does(policy64, context, prune_
     policy = policy64.with_settings(settings)
     for image, instruction in zip(pico.images(3, seed=5), pico.INSTRUCTIONS, strict=False):
         inputs = policy.prepare([image], [instruction])
-        with torch.inference_mode():
-            expected, kept = literal_pruned_run(policy.model, inputs, settings)
-            found, selection = policy.think(inputs, policy.see(inputs))
-        assert selection.kept[0].tolist() == kept.tolist()
-        # Products are float64, but transformers' own RMS norms and rotary angles are float32, and how those round
-        # depends on the shape of the batch they are computed in.
-        torch.testing.assert_close(found[0, 0], expected, rtol=0, atol=5e-6)
+        assert_runs_literally(
+            policy,
+            inputs,
+            lambda scores, features: select_tokens(scores[None], features, settings.visual_tokens).kept[0].tolist(),
+        )
+
+
+def assert_runs_literally(policy, inputs, choose):
+    with torch.inference_mode():
+        expected, kept = literal_pruned_run(policy.model, inputs, policy.settings, choose)
+        found, selection = policy.think(inputs, policy.see(inputs))
+    assert selection.kept[0].tolist() == kept
+    # Products are float64, but transformers' own RMS norms and rotary angles are float32, and how those round
+    # depends on the shape of the batch they are computed in.
+    torch.testing.assert_close(found[0, 0], expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("prune_layer", [1, 2, 5])
+def test_fastv_runs_as_a_literal_reference_does(policy64, prune_layer):
+    policy = policy64.with_settings(
+        InferenceSettings(visual_tokens=VisualTokenSettings(6, prune_layer, method="fastv"))
+    )
+
+    def most_attended(scores, _):
+        return sorted(sorted(range(len(scores)), key=lambda token: -scores[token])[:6])
+
+    for image, instruction in zip(pico.images(3, seed=6), pico.INSTRUCTIONS, strict=False):
+        assert_runs_literally(policy, policy.prepare([image], [instruction]), most_attended)
+
+
+def test_random_tokens_run_as_a_literal_reference_does(policy64):
+    policy = policy64.with_settings(RANDOM)
+    policy.reset(episode=4)
+    for call, (image, instruction) in enumerate(zip(pico.images(3, seed=7), pico.INSTRUCTIONS, strict=False)):
+        draw = random.Random(f"5/4/{call}/0").random
+        numbers = [draw() for _ in range(pico.NUM_VISUAL)]
+        kept = sorted(sorted(range(pico.NUM_VISUAL), key=lambda token: -numbers[token])[:7])
+        assert_runs_literally(policy, policy.prepare([image], [instruction]), lambda *_, kept=kept: kept)
+
+
+def test_reset_brings_an_episodes_random_choices_back(policy, scenes, noise):
+    one = policy.with_settings(RANDOM)
+
+    def kept(count=2):
+        return [one.predict(*scenes, noise=noise).selection.kept.tolist() for _ in range(count)]
+
+    first = kept()
+    assert first[0] != first[1]
+    one.reset()
+    assert kept() == first
+    one.reset(episode=1)
+    assert kept()[0] not in first
+    one = policy.with_settings(RANDOM)
+    assert kept() == first
+
+
+def test_reset_leaves_the_stream_of_noise_alone(policy):
+    image = pico.images(1)[0]
+    one, two = (policy.with_settings(InferenceSettings(), seed=9) for _ in range(2))
+    expected = [one.predict_action(image, "open drawer") for _ in range(2)]
+    found = [two.predict_action(image, "open drawer")]
+    two.reset()
+    found.append(two.predict_action(image, "open drawer"))
+    assert np.array_equal(expected, found)
 
 
 def test_pruning_tokens_changes_the_action(policy, scenes, noise):

@@ -1,15 +1,20 @@
 """Streaming: what is held in memory, in which precision, and in which order files are read and written."""
 
+import errno
+import fcntl
 import hashlib
+import os
 import shutil
 import threading
 import time
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
@@ -20,10 +25,11 @@ from evla_cli.checkpoint.tensors import LazyTensor, is_finite, prepared
 from evla_cli.checkpoint.torch_format import write_torch
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
-from evla_cli.models import scratch, tiled_linear
-from evla_cli.models.scratch import Scratch
+from evla_cli.models import scratch, streaming, tiled_linear
+from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.streaming import DecoderStream
 from evla_cli.models.tiled_linear import TiledLinear, tile_linear
+from evla_cli.models.upload import Upload
 
 
 @pytest.fixture
@@ -169,8 +175,85 @@ class TestDecoderStream:
         assert read == [0, 1]
         layers.close()
 
+    def test_weights_are_waited_for_before_they_are_used(self, cogact_run, image_samples, monkeypatch):
+        """What an upload on a stream of its own needs, checked with one that remembers."""
+        complete: set[int] = set()  # weights that the computing thread may use
+
+        class Remembering(Upload):
+            def __init__(self, device):
+                super().__init__(device)
+                self.lately: list[Tensor] = []
+
+            def put(self, tensor, dtype):
+                self.lately.append(super().put(tensor, dtype))
+                return self.lately[-1]
+
+            def done(self):
+                event, self.lately = self.lately, []
+                return event
+
+            def wait(self, event, tensors):
+                assert threading.current_thread() is threading.main_thread()
+                assert {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in event}
+                kept.extend(event)
+                complete.update(tensor.data_ptr() for tensor in event)
+
+        kept: list[Tensor] = []
+        monkeypatch.setattr(streaming, "Upload", Remembering)
+        stream = self.stream(cogact_run, image_samples, torch.float32)
+        for layer in stream.layers():
+            assert {weight.data_ptr() for weight in layer.parameters()} <= complete
+        norm = stream.load_part("language_model.model.norm")
+        assert norm.weight.data_ptr() in complete
+
+    def test_a_device_that_is_too_small(self, cogact_run, image_samples, monkeypatch):
+        def too_large(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        monkeypatch.setattr(pipeline, "run_layer", too_large)
+        with pytest.raises(EvlaError, match="smaller --batch-size, or --memory-budget"):
+            pipeline.analyze(cogact_run, image_samples)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("budget", [None, "1"])
+    def test_on_a_gpu(self, cogact_run, image_samples, budget):
+        found = pipeline.analyze(cogact_run, image_samples, device="cuda", memory_budget=budget, with_action_head=True)
+        expected = pipeline.analyze(cogact_run, image_samples)
+        for ours, theirs in zip(found.layers, expected.layers, strict=True):
+            assert ours.importance == pytest.approx(theirs.importance, abs=1e-4)
+
+
+class TestUpload:
+    def test_elsewhere_than_on_cuda_it_is_a_plain_copy(self):
+        upload = Upload("cpu")
+        values = torch.randn(3)
+        assert upload.put(values, torch.float32) is values
+        copied = upload.put(values, torch.bfloat16)
+        assert torch.equal(copied, values.bfloat16())
+        upload.wait(upload.done(), [copied])
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_copies_beside_what_computes(self):
+        upload, values = Upload("cuda"), torch.randn(2**24)
+        torch.cuda._sleep(2**28)  # the computing stream has something to do
+        copied = upload.put(values, torch.bfloat16)
+        event = upload.done()
+        event.synchronize()
+        assert not torch.cuda.current_stream().query()
+        upload.wait(event, [copied])
+        assert torch.equal(copied.cpu(), values.bfloat16())
+
 
 class TestScratch:
+    def test_move_keeps_what_is_there_already(self):
+        value = {"a": (torch.ones(2), None), "b": [torch.ones(1), 3]}
+        moved = move(value, "cpu")
+        assert moved["a"][0] is value["a"][0]
+        assert moved["a"][1] is None
+        assert moved["b"][0] is value["b"][0]
+        assert moved["b"][1] == 3
+        assert move(value, "meta")["a"][0].is_meta
+
     def test_full_disk_is_an_error_that_says_what_to_do(self, monkeypatch):
         def full(*_):
             raise OSError(28, "No space left on device")
@@ -231,29 +314,74 @@ class TestReadAhead:
 
 
 class TestOutputFile:
-    def test_hash_is_the_files(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(output_file, "_CHUNK_BYTES", 7)
-        monkeypatch.setattr(output_file, "_SYNC_BYTES", 11)
+    @pytest.mark.parametrize("cached", [False, True])
+    @pytest.mark.parametrize("sizes", [[], [1], [8192], [3, 0, 4096, 5000], [4096, 20_000, 1], [12_288 * 20]])
+    def test_holds_what_was_written(self, sizes, cached, tmp_path, monkeypatch):
+        monkeypatch.setattr(output_file, "_BUFFER_BYTES", 12_288)
+        if cached:
+            monkeypatch.setattr(output_file, "_DIRECT", 0)
+        parts = [np.random.default_rng(size).bytes(size) for size in sizes]
+        file = write_all(tmp_path / "f", parts)
+        assert file.position == sum(sizes)
+        assert (tmp_path / "f").read_bytes() == b"".join(parts)
+        assert file.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def test_on_a_file_system_that_refuses_direct_writes_after_all(self, tmp_path, monkeypatch):
+        write, refused = os.write, []
+
+        def picky(descriptor: int, data: memoryview) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                refused.append(len(data))
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return write(descriptor, data)
+
+        monkeypatch.setattr(output_file.os, "write", picky)
         with OutputFile(tmp_path / "f") as file:
-            for part in (b"", b"abc", b"defghijklmnopq", bytes(100)):
-                file.write(part)
-            assert file.position == 117
-        assert file.sha256 == hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest()
+            file.write(bytes(10_000))
+        assert (tmp_path / "f").read_bytes() == bytes(10_000)
+        assert len(refused) == 1
+
+    def test_writes_in_parts(self, tmp_path, monkeypatch):
+        write = os.write
+        monkeypatch.setattr(output_file.os, "write", lambda descriptor, data: write(descriptor, data[:4096]))
+        data = np.random.default_rng(0).bytes(50_001)
+        with OutputFile(tmp_path / "f") as file:
+            file.write(data)
+        assert (tmp_path / "f").read_bytes() == data
 
     def test_does_not_overwrite(self, tmp_path):
         (tmp_path / "f").write_bytes(b"mine")
         with pytest.raises(FileExistsError):
             OutputFile(tmp_path / "f")
+        assert (tmp_path / "f").read_bytes() == b"mine"
 
-    def test_an_error_of_the_disk_is_raised(self, tmp_path, monkeypatch):
-        def broken(_):
-            raise OSError(5, "Input/output error")
+    @pytest.mark.parametrize("num_writes", [1, 5, 40])  # fewer and more than there are buffers
+    def test_an_error_of_the_disk_is_raised(self, num_writes, tmp_path, monkeypatch):
+        def broken(*_):
+            raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(output_file.os, "fdatasync", broken)
-        monkeypatch.setattr(output_file, "_SYNC_BYTES", 1)
-        with pytest.raises(OSError, match="Input/output"), OutputFile(tmp_path / "f") as file:
-            file.write(b"abc")
+        monkeypatch.setattr(output_file.os, "write", broken)
+        monkeypatch.setattr(output_file, "_BUFFER_BYTES", 4096)
+        with pytest.raises(OSError, match="Input/output"):
+            write_all(tmp_path / "f", [bytes(4096)] * num_writes)
         assert threading.active_count() < 50
+
+    def test_an_error_of_the_caller_is_not_hidden_by_one_of_the_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(output_file.os, "write", lambda *_: 1 / 0)
+
+        def parts() -> Iterator[bytes]:
+            yield bytes(output_file._BUFFER_BYTES)
+            raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine"):
+            write_all(tmp_path / "f", parts())
+
+
+def write_all(path: Path, parts: Iterable[bytes]) -> OutputFile:
+    with OutputFile(path) as file:
+        for part in parts:
+            file.write(part)
+    return file
 
 
 class TestPrepared:

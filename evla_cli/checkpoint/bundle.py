@@ -8,6 +8,7 @@ from typing import Any
 
 from evla_cli import __version__
 from evla_cli.checkpoint.files import file_stamp, inside, known_sha256, read_json, sha256_file, write_json
+from evla_cli.checkpoint.read_ahead import ReadAheadHash
 from evla_cli.errors import EvlaError
 
 SCHEMA_VERSION = 1
@@ -82,6 +83,15 @@ def open_manifest(root: Path) -> Bundle:
     return Bundle(root, manifest)
 
 
-def differing_files(bundle: Bundle) -> list[str]:
-    """Files whose SHA-256 is not the manifest's. Reads every byte."""
-    return [name for name, entry in bundle.files.items() if sha256_file(bundle.root / name) != entry["sha256"]]
+def start_hashing(bundle: Bundle) -> ReadAheadHash:
+    """Of every file that the manifest lists, in the background."""
+    return ReadAheadHash([bundle.root / name for name in bundle.files])
+
+
+def differing_files(bundle: Bundle, hashing: ReadAheadHash | None = None) -> list[str]:
+    """Files whose SHA-256 is not the manifest's. Reads every byte, if `hashing` has not done so yet."""
+    try:
+        digests = (hashing or start_hashing(bundle)).digests()
+    except OSError as error:
+        raise EvlaError(f"Cannot read {bundle.root}: {error.strerror}.") from error
+    return [name for name, entry in bundle.files.items() if digests[bundle.root / name] != entry["sha256"]]

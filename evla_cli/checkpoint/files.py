@@ -92,19 +92,22 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-Stamp = tuple[int, int, int]  # size, time of last change in ns, inode
+Stamp = tuple[int, int, int]  # size, time of the last change (ctime) in ns, inode
 
 # SHA-256 of weight files that were read or written whole, by their stamps: what one stage hashes the next need not.
 known_sha256: dict[Stamp, str] = {}
 
 
 def file_stamp(path: Path) -> Stamp:
-    """A file that still has it is what it was: whoever writes to it or replaces it changes one of the three."""
+    """A file that still has it is what it was: whoever writes to it or replaces it changes one of the three.
+
+    The time is the one that programs cannot set: what they write and date back is noticed, too.
+    """
     try:
         status = path.stat()
     except OSError as error:
         raise EvlaError(f"Cannot read {path}: {error.strerror}.") from error
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_ctime_ns, status.st_ino
 
 
 def sha256_file(path: Path) -> str:

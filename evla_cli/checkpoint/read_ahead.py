@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 2**20  # what the processor's cache holds between reading and hashing
 # How far the hash runs ahead of the work. Far enough that the disk never waits for a layer to be computed, near enough
 # that what was read is still in the page cache when the work comes to it.
 _AHEAD_BYTES = 2 * 2**30

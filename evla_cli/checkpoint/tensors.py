@@ -1,11 +1,14 @@
 """Named tensors that are read only when they are needed: the currency between readers, pruning and writers."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +50,8 @@ def load_finite(name: str, lazy: LazyTensor) -> Tensor:
     tensor = lazy.load()
     if tensor.shape != lazy.shape or tensor.dtype != lazy.dtype:
         raise AssertionError(f"{name} loads as {tensor.dtype} {tuple(tensor.shape)}, announced as {lazy}")
+    if tensor.numel() < _SMALL_ELEMENTS:
+        tensor = tensor.clone()
     if not is_finite(tensor):
         raise EvlaError(f"{name} holds NaN or infinite values: the checkpoint is damaged or its training diverged.")
     return tensor
@@ -59,24 +64,30 @@ _BITS = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
 }
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+# numpy lets no other thread run while it works on fewer elements than 500. If the mapped file were cut short meanwhile,
+# no thread could say so: such tensors are copied first, by torch.
+_SMALL_ELEMENTS = 1000
 _CACHED_ELEMENTS = 2**18  # a piece that stays in the processor's cache between the two passes over it
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Compares bits: 17 times as fast as `isfinite` on bfloat16."""
-    if tensor.dtype not in _BITS:
+    """Whether no value is NaN or infinite. On the CPU it compares bits: 30 times as fast as `isfinite` on bfloat16."""
+    if tensor.dtype not in _BITS or tensor.device.type != "cpu":
         return not tensor.dtype.is_floating_point or bool(tensor.isfinite().all())
     integers, infinity = _BITS[tensor.dtype]
     magnitude = torch.iinfo(integers).max  # all bits but the sign
-    return all(
-        int((part.view(integers) & magnitude).max()) < infinity
-        for part in tensor.flatten().split(_CACHED_ELEMENTS)
-        if part.numel()
-    )
+    bits = tensor.flatten().view(integers).numpy()  # numpy's: torch would use threads that others have more use for
+    cached = np.empty(min(len(bits), _CACHED_ELEMENTS), bits.dtype)
+    for part in np.array_split(bits, -(-len(bits) // _CACHED_ELEMENTS) or 1):
+        if np.bitwise_and(part, magnitude, out=cached[: len(part)]).max(initial=0) >= infinity:
+            return False
+    return True
 
 
 def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Iterator[tuple[str, T]]:
     """Each tensor in turn, checked by `load_finite`, as `prepare` makes it; a thread prepares the next meanwhile."""
+    _keep_freed_memory()
 
     def load(name: str) -> T:
         return prepare(name, load_finite(name, tensors[name]))
@@ -90,6 +101,17 @@ def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Itera
                 yield done, future.result()
         for done, future in pending:
             yield done, future.result()
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let the C library hand out again what one tensor was in for the next, instead of new pages, which the system
+    clears first: that takes eight times as long as picking the rows that are put there. No effect but on glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(option, 2**30)
+        mallopt(_M_ARENA_MAX, 1)  # other arenas than the first have no room for large tensors
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

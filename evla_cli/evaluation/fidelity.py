@@ -42,7 +42,8 @@ def predict_samples(
 
 @torch.inference_mode()
 def cognition_tokens(policy: Policy, samples: Sequence[Sample], batch_size: int = 8) -> Tensor:
-    """(N, 1, D)."""
+    """(N, 1, D). The samples are one episode: under `vla_cache`, give consecutive frames and a `batch_size` of 1."""
+    policy.reset()
     tokens = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]

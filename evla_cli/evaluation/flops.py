@@ -10,13 +10,14 @@ Conventions, always named:
   positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from evla_cli.methods.action_cache import cache_schedule
-from evla_cli.settings import InferenceSettings
+from evla_cli.settings import InferenceSettings, VisualTokenSettings
 
 PAPER_PROMPT_TOKENS = 32  # BOS and prompt; with 256 visual tokens the paper's 288
 
@@ -39,15 +40,21 @@ class Flops:
 
 
 def count_flops(
-    model: Any, settings: InferenceSettings, num_prompt_tokens: int = PAPER_PROMPT_TOKENS, convention: str = "paper"
+    model: Any,
+    settings: InferenceSettings,
+    num_prompt_tokens: int = PAPER_PROMPT_TOKENS,
+    convention: str = "paper",
+    reused: Sequence[float] = (),
 ) -> Flops:
     """
     Args:
         model: a CogACT, on any device, the meta device included.
         num_prompt_tokens: BOS and prompt, without the visual tokens.
+        reused: under `vla_cache`, the visual tokens that each layer took over from the frame before, as measured
+            (`TokenReuse.reused`); without it, the cost of an episode's first frame.
     """
     full, stock = convention != "paper", convention == "stock"
-    language_model = _language_model(model, settings, num_prompt_tokens, full)
+    language_model = _language_model(model, settings.visual_tokens, num_prompt_tokens, reused, full)
     if stock:
         length = num_prompt_tokens + model.config.num_visual_tokens
         language_model += _linear(model.language_model.lm_head) * length
@@ -70,8 +77,8 @@ def _vision(model: Any, full: bool, skip_last: bool) -> float:
     patches = _linear(model.dino.embeddings) + _linear(model.siglip.embeddings)
     operations = dino + siglip + patches * visual
     if full:
-        operations += len(dino_blocks) * _attention(dino_tokens, config.dino_config.hidden_size)
-        operations += len(siglip_blocks) * _attention(visual, config.siglip_config.hidden_size)
+        operations += len(dino_blocks) * _attention(dino_tokens, dino_tokens, config.dino_config.hidden_size)
+        operations += len(siglip_blocks) * _attention(visual, visual, config.siglip_config.hidden_size)
     return operations
 
 
@@ -81,21 +88,26 @@ def _pooling(model: Any) -> float:
     return _linear(head) + 2.0 * width * width * (1 + 2 * visual) + 4.0 * visual * width
 
 
-def _language_model(model: Any, settings: InferenceSettings, num_prompt_tokens: int, full: bool) -> float:
-    visual = model.config.num_visual_tokens
-    tokens = settings.visual_tokens
+def _language_model(
+    model: Any, tokens: VisualTokenSettings, num_prompt_tokens: int, reused: Sequence[float], full: bool
+) -> float:
+    visual, layers = model.config.num_visual_tokens, model.language_model.model.layers
     kept = visual if tokens.num_keep is None else tokens.num_keep
     operations = 0.0
-    for index, layer in enumerate(model.language_model.model.layers):
+    for index, layer in enumerate(layers):
         length = num_prompt_tokens + (visual if index < tokens.prune_layer else kept)
-        operations += _linear(layer) * length
+        computed = length - (reused[index] if reused else 0)
+        operations += _linear(layer) * computed
         if full:
             width = layer.self_attn.q_proj.out_features
-            operations += _attention(length, width)
-            if kept < visual and index == tokens.prune_layer - 1:  # scores: one more query and key projection
+            operations += _attention(computed, length, width)
+            # Scores: one more query projection and product, and where the tokens leave one more key projection.
+            leaves = kept < visual and index == tokens.prune_layer - 1 and tokens.method != "random"
+            if leaves or tokens.method == "vla_cache":
                 rows = num_prompt_tokens - 1
-                operations += 2 * layer.self_attn.q_proj.weight.numel() * rows
-                operations += 2 * layer.self_attn.k_proj.weight.numel() * length + 2 * rows * length * width
+                operations += 2 * layer.self_attn.q_proj.weight.numel() * rows + 2 * rows * length * width
+            if leaves:
+                operations += 2 * layer.self_attn.k_proj.weight.numel() * length
     return operations
 
 
@@ -109,7 +121,7 @@ def _head(model: Any, settings: InferenceSettings, full: bool, embed_once: bool)
     operations = 0.0
     for number, block in enumerate(head.blocks):
         reuses = cache.blocks is None or number in cache.blocks
-        attention = _linear(block.attn) * tokens + (_attention(tokens, config.hidden_size) if full else 0)
+        attention = _linear(block.attn) * tokens + (_attention(tokens, tokens, config.hidden_size) if full else 0)
         mlp = _linear(block.mlp) * tokens
         for kind, cost in (("attention", attention), ("mlp", mlp)):
             operations += cost * (computed if reuses and kind in cache.modules else steps)
@@ -124,6 +136,6 @@ def _linear(module: nn.Module) -> float:
     return 2.0 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
 
 
-def _attention(length: int, width: int) -> float:
+def _attention(rows: float, length: float, width: int) -> float:
     """Query-key and attention-value products of one layer."""
-    return 4.0 * length * length * width
+    return 4.0 * rows * length * width

@@ -50,7 +50,10 @@ class Latency:
 def measure_latency(
     policies: Mapping[str, Policy], batch: Batch, runs: int = 20, warmup: int = 3
 ) -> dict[str, Latency]:
-    """Each candidate once a round; who is first in a round goes round, too."""
+    """Each candidate once a round; who is first in a round goes round, too.
+
+    The image is always the same: under `vla_cache`, that is a camera before which nothing moves.
+    """
     timed: dict[str, list[Stages]] = {name: [] for name in policies}
     with progress_bar("timing", (warmup + runs) * len(policies), "run") as bar:
         for number in range(warmup + runs):

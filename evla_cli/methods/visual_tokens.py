@@ -1,10 +1,12 @@
-"""Which visual tokens stay: the key ones, then half by task relevance, half by diversity.
+"""Which visual tokens stay, by EfficientVLA (arXiv 2506.10100), FastV (arXiv 2403.06764) or at random.
 
-EfficientVLA (arXiv 2506.10100), Eqs. 2-5. Letters used here: B batch, V visual tokens, K tokens kept, D feature width,
-R context rows, T positions, N attention heads, C head width.
+Letters used here: B batch, V visual tokens, K tokens kept, D feature width, R context rows, T positions, N attention
+heads, C head width.
 """
 
 import math
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,34 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evla_cli.errors import EvlaError
+from evla_cli.settings import VisualTokenSettings
 
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """Indices into the visual tokens, by the reason for which each was kept: (B, K_key), (B, K_task), (B, K_div)."""
+    """Indices into the visual tokens by the reason for which they were kept, each (B, number of that reason).
 
-    key: Tensor
-    task: Tensor
-    diverse: Tensor
+    The reasons: "key", "task" and "diverse" (EfficientVLA), "attended" (FastV), "random".
+    """
+
+    reasons: dict[str, Tensor]
 
     @property
     def kept(self) -> Tensor:
         """All of them, ascending: (B, K)."""
-        return torch.cat((self.key, self.task, self.diverse), dim=1).sort(dim=1).values
+        return torch.cat(tuple(self.reasons.values()), dim=1).sort(dim=1).values
 
 
-def select_tokens(
-    scores: Tensor,
-    features: Tensor,
-    num_keep: int,
-    num_key: int = 4,
-    task_ratio: float = 0.5,
-    diversity: str = "one_shot",
-) -> TokenSelection:
-    """Choose `num_keep` of V tokens; ties go to the lower index.
+def select_tokens(scores: Tensor, features: Tensor, settings: VisualTokenSettings) -> TokenSelection:
+    """Choose `settings.num_keep` of V tokens by `settings.method`; ties go to the lower index.
 
     Args:
-        scores: (B, V), attention that a token receives (Eq. 2).
+        scores: (B, V), the attention that a token receives, or what `random_scores` drew.
         features: (B, V, D), what distances are measured on: the decoder's visual input embeddings.
 
     Errors: scores that are all equal or not finite say nothing about the image.
@@ -47,45 +44,89 @@ def select_tokens(
     low, high = scores.aminmax(dim=1)
     if not bool((high > low).all()) or not bool(high.isfinite().all() & low.isfinite().all()):
         raise EvlaError("The attention scores of the visual tokens are all equal or not finite; they cannot be ranked.")
-    scores = (scores - low[:, None]) / (high - low)[:, None]  # Eq. 3; the order is what counts
-    num_task = math.floor(task_ratio * (num_keep - num_key))
+    return SELECTORS[settings.method](scores, features, settings)
+
+
+def select_efficient(scores: Tensor, features: Tensor, settings: VisualTokenSettings) -> TokenSelection:
+    """The key tokens by score, then a share by score and the rest by distance (EfficientVLA, Eqs. 2-5)."""
+    num_keep, num_key = settings.num_keep or scores.shape[1], settings.num_key
+    low, high = scores.aminmax(dim=1, keepdim=True)
+    scores = (scores - low) / (high - low)  # Eq. 3; the order is what counts
+    num_task = math.floor(settings.task_ratio * (num_keep - num_key))
     num_diverse = num_keep - num_key - num_task
     order = scores.sort(dim=1, descending=True, stable=True).indices  # (B, V)
     key, task = order[:, :num_key], order[:, num_key : num_key + num_task]
     rest = order[:, num_key + num_task :].sort(dim=1).values
     directions = F.normalize(features.float(), dim=-1)
-    if diversity == "greedy":
-        return TokenSelection(key, task, _farthest_first(directions, torch.cat((key, task), dim=1), num_diverse))
-    anchors = key if diversity == "one_shot" else torch.cat((key, task), dim=1)
+    if settings.diversity == "greedy":
+        diverse = _farthest_first(directions, torch.cat((key, task), dim=1), num_diverse)
+        return TokenSelection({"key": key, "task": task, "diverse": diverse})
+    anchors = key if settings.diversity == "one_shot" else torch.cat((key, task), dim=1)
     similarity = _gather(directions, rest) @ _gather(directions, anchors).transpose(1, 2)  # (B, rest, anchors)
     dissimilarity = 1 - similarity.max(dim=2).values  # Eq. 4
     farthest = dissimilarity.sort(dim=1, descending=True, stable=True).indices[:, :num_diverse]
-    return TokenSelection(key, task, rest.gather(1, farthest))
+    return TokenSelection({"key": key, "task": task, "diverse": rest.gather(1, farthest)})
 
 
-def attention_received(
-    queries: Tensor, keys: Tensor, context: Tensor, positions: Tensor, scaling: float, mask: Tensor | None = None
-) -> Tensor:
-    """How much attention each position receives from the context rows: mean over heads, sum over rows (Eq. 2).
+def select_attended(scores: Tensor, _features: Tensor, settings: VisualTokenSettings) -> TokenSelection:
+    """The tokens of highest attention (FastV)."""
+    return TokenSelection({"attended": _highest(scores, settings.num_keep)})
+
+
+def select_random(scores: Tensor, _features: Tensor, settings: VisualTokenSettings) -> TokenSelection:
+    """The tokens that drew the highest numbers: see `random_scores`."""
+    return TokenSelection({"random": _highest(scores, settings.num_keep)})
+
+
+SELECTORS: dict[str, Callable[[Tensor, Tensor, VisualTokenSettings], TokenSelection]] = {
+    "evla": select_efficient,
+    "fastv": select_attended,
+    "random": select_random,
+}
+
+
+def random_scores(batch_size: int, num_visual: int, seed: int, episode: int, call: int) -> Tensor:
+    """(B, V): the same numbers on every device and platform, and in a row whatever the other rows are."""
+    draw = [random.Random(f"{seed}/{episode}/{call}/{row}").random for row in range(batch_size)]
+    return torch.tensor([[number() for _ in range(num_visual)] for number in draw])
+
+
+def attention_received(attention: Tensor, context: Tensor) -> Tensor:
+    """How much attention each position receives from the context rows, summed over them (EfficientVLA, Eq. 2).
 
     The paper's sum runs over what a visual token attends to. Under a causal mask, with the image before the text, that
     is 0 everywhere; here the text rows are the queries and the visual tokens the keys.
 
     Args:
-        queries: (B, N, R, C), rotated, of the context rows alone.
-        keys: (B, N, T, C), rotated, of all positions.
+        attention: (B, R, T), see `row_attention`.
         context: (B, R), 1 where a row counts.
-        positions: (R,), where in the sequence the rows stand.
-        mask: (B, T), 1 for real positions; None where none is padding.
 
     Returns: (B, T).
+    """
+    return (attention * context[:, :, None]).sum(dim=1)
+
+
+def row_attention(
+    queries: Tensor, keys: Tensor, positions: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """Causal attention of some rows, mean over heads: (B, R, T).
+
+    Args:
+        queries: (B, N, R, C), rotated, of these rows alone.
+        keys: (B, N, T, C), rotated, of all positions.
+        positions: (R,), where in the sequence the rows stand.
+        mask: (B, T), 1 for real positions; None where none is padding.
     """
     logits = (queries @ keys.transpose(2, 3)).float() * scaling  # (B, N, R, T)
     visible = torch.arange(keys.shape[2], device=keys.device)[None, :] <= positions[:, None]  # (R, T)
     if mask is not None:
         visible = visible & mask[:, None, None, :].bool()
-    attention = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).mean(dim=1)  # (B, R, T)
-    return (attention * context[:, :, None]).sum(dim=1)
+    return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).mean(dim=1)
+
+
+def _highest(scores: Tensor, count: int | None) -> Tensor:
+    """(B, V) -> (B, K), best first."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 def _farthest_first(directions: Tensor, chosen: Tensor, count: int) -> Tensor:

@@ -51,6 +51,16 @@ class CogACTInputs:
             instruction_mask=self.instruction_mask.to(like.device),
         )
 
+    @property
+    def picture(self) -> Tensor:
+        """(B, 3, S, S), in [0, 1]: what the camera saw, at the towers' resolution."""
+        return self.siglip_pixels * _SIGLIP_STD[0] + _SIGLIP_MEAN[0]
+
+    @property
+    def real_tokens(self) -> Tensor:
+        """(B, T), 1 where a token is not padding."""
+        return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.input_ids, self.dino_pixels, self.siglip_pixels
 

@@ -1,4 +1,7 @@
-"""Tensors in an unnamed file: memory that the system can write out when it needs the room, and read back."""
+"""Tensors in an unnamed file: memory that the system can write out when it needs the room, and read back.
+
+Those of another device come to stand in it as tensors of the CPU; `move` brings them back for the time of their use.
+"""
 
 import mmap
 import os
@@ -39,7 +42,7 @@ class Scratch:
         return _replace(value, {key: self._in_file(tensor) for key, tensor in tensors.items()})
 
     def _in_file(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type != "cpu" or tensor.numel() == 0:
+        if tensor.numel() == 0:
             return tensor
         begin = -(-self._used // _ALIGNMENT) * _ALIGNMENT
         if self._region is None or begin + tensor.nbytes > len(self._region):
@@ -61,6 +64,11 @@ class Scratch:
                 f"No room for hidden states in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a directory "
                 "on a larger disk, raise --memory-budget, or use fewer samples."
             ) from error
+
+
+def move(value: Any, device: torch.device | str) -> Any:
+    """`value` (nested tuples, lists and dicts) with its tensors on `device`; those that are there stay as they are."""
+    return _replace(value, {id(tensor): tensor.to(device) for tensor in _tensors(value)})
 
 
 def _tensors(value: Any) -> list[Tensor]:

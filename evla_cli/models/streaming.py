@@ -4,8 +4,9 @@ What a layer is called with besides hidden states (masks, rotary embeddings, win
 states. So the decoder's own forward runs once a batch with recorders in place of its layers: that gives the first
 layer's input and every layer's arguments exactly as transformers makes them, for any decoder.
 
-While one layer computes, a thread reads and checks the next. On a CPU that computes in float32, linear weights stored
-in half precision stay as they are and are widened as they are multiplied: see `tiled_linear`.
+While one layer computes, a thread reads and checks the next and brings it to the device. On a CPU that computes in
+float32, linear weights stored in half precision stay as they are and are widened as they are multiplied: see
+`tiled_linear`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,12 @@ from evla_cli.calibration import Sample
 from evla_cli.checkpoint.tensors import is_finite, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
-from evla_cli.models.scratch import Scratch
+from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.skeleton import assign_weights, checked_skeleton, drop_weights, move_buffers
 from evla_cli.models.tiled_linear import tile_linear
+from evla_cli.models.upload import Upload
+
+_Read = tuple[dict[str, Tensor], torch.cuda.Event | None]
 
 
 @dataclass
@@ -44,8 +48,8 @@ class DecoderStream:
     """The decoder of a checkpoint, one layer in memory at a time (and the next one being read).
 
     Args:
-        memory_budget: bytes of hidden states and layer arguments held in memory; those of further batches stand in a
-            file, see `Scratch`. None: all in memory.
+        memory_budget: bytes of hidden states and layer arguments held in the device's memory; those of further batches
+            stand in a file, see `Scratch`. None: all in memory.
         on_bytes: told of every weight's size once it is read.
 
     Errors: NaN or infinite weights or activations, with the name of the weight or the index of the layer.
@@ -63,6 +67,7 @@ class DecoderStream:
     ):
         self.device = device
         self._checkpoint, self._dtype, self._on_bytes = checkpoint, dtype, on_bytes
+        self._upload = Upload(device)
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         move_buffers(self._model, device)
         for parameter in self._model.parameters():
@@ -95,7 +100,9 @@ class DecoderStream:
         with ThreadPoolExecutor(1, "evla-next-layer") as reader:
             following = reader.submit(self._read_layer, 0)
             for index, layer in enumerate(self._layers):
-                assign_weights(layer, following.result())
+                weights, complete = following.result()
+                self._upload.wait(complete, weights.values())
+                assign_weights(layer, weights)
                 if index + 1 < len(self._layers):
                     following = reader.submit(self._read_layer, index + 1)
                 yield layer
@@ -107,22 +114,33 @@ class DecoderStream:
                     batch.arguments[index] = {}  # the last reference to what only this layer needed
                 drop_weights(layer)
 
+    def on_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """A batch's hidden states and mask, for those that stand in a file, too."""
+        return move((batch.hidden_states, batch.mask), self.device)
+
+    def arguments(self, batch: Batch, index: int) -> dict[str, Any]:
+        """What layer `index` is called with besides, on the device."""
+        return move(batch.arguments[index], self.device)
+
     def load_part(self, name: str) -> Any:
         """Another part of the model, such as the final norm or the action head, with its weights."""
         part = self._model.get_submodule(name)
-        assign_weights(part, self._read(part, f"{name}."))
+        weights, complete = self._read(part, f"{name}.")
+        self._upload.wait(complete, weights.values())
+        assign_weights(part, weights)
         return part
 
-    def _read_layer(self, index: int) -> dict[str, Tensor]:
+    def _read_layer(self, index: int) -> _Read:
         return self._read(self._layers[index], f"{self._checkpoint.family.decoder_layers}.{index}.")
 
-    def _read(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        """Touches nothing but files, so that a thread can do it."""
-        return {name: self._read_weight(prefix + name) for name in module.state_dict()}
+    def _read(self, module: nn.Module, prefix: str) -> _Read:
+        """A module's weights on the device, and what to wait for before they are used. Can be done by a thread."""
+        weights = {name: self._read_weight(prefix + name) for name in module.state_dict()}
+        return weights, self._upload.done()
 
     def _read_weight(self, name: str) -> Tensor:
         lazy = self._checkpoint.weights[name]
-        tensor = load_finite(name, lazy).to(self.device, self._dtypes.get(name, self._dtype))
+        tensor = self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
         if self._on_bytes:
             self._on_bytes(lazy.num_bytes)
         return tensor
@@ -148,7 +166,9 @@ class DecoderStream:
         def load(name: str, module: nn.Module) -> None:
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta:
-                    module._parameters[key] = nn.Parameter(self._read_weight(name + key), requires_grad=False)
+                    weight = self._read_weight(name + key)
+                    self._upload.wait(self._upload.done(), [weight])
+                    module._parameters[key] = nn.Parameter(weight, requires_grad=False)
 
         handles = [
             module.register_forward_pre_hook(lambda module, _, name=name: load(f"{name}." if name else "", module))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaModel, apply_rotary_pos_emb, repeat_kv
 
-from evla_cli.methods.visual_tokens import TokenSelection, attention_received, select_tokens
+from evla_cli.methods.visual_tokens import TokenSelection, attention_received, row_attention, select_tokens
 from evla_cli.settings import VisualTokenSettings
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (1 or B, T, head width)
@@ -23,12 +23,14 @@ def run_decoder(
     context: Tensor,
     num_visual: int,
     settings: VisualTokenSettings,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, TokenSelection | None]:
     """
     Args:
         inputs_embeds: (B, T, D).
         mask: (B, T), 1 for real positions; None where none is padding.
         context: (B, T - 1 - V), 1 for the prompt tokens after the image whose attention scores the visual tokens.
+        scores: (B, V), what the visual tokens are chosen by; None for that attention, in the layer before they leave.
 
     Returns: hidden states after the final norm (B, T', D), their mask, and what was selected (None if all was kept).
     """
@@ -36,51 +38,48 @@ def run_decoder(
     hidden_states = inputs_embeds
     positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
     rotary = decoder.rotary_emb(hidden_states, position_ids=positions)
-    attention_mask = _causal_mask(decoder, hidden_states, mask)
+    attention_mask = causal_mask(decoder, hidden_states, mask)
     prunes = settings.num_keep is not None and settings.num_keep < num_visual
     for index, layer in enumerate(decoder.layers):
-        if prunes and index == settings.prune_layer - 1:
+        if prunes and scores is None and index == settings.prune_layer - 1:
             scores = _visual_scores(layer, hidden_states, rotary, mask, context, num_visual)
-        if prunes and index == settings.prune_layer:
-            selection = select_tokens(
-                scores,
-                inputs_embeds[:, 1 : 1 + num_visual],
-                settings.num_keep or num_visual,
-                settings.num_key,
-                settings.task_ratio,
-                settings.diversity,
-            )
+        if prunes and scores is not None and index == settings.prune_layer:
+            selection = select_tokens(scores, inputs_embeds[:, 1 : 1 + num_visual], settings)
             keep = _positions_to_keep(selection.kept, num_visual, hidden_states.shape[1])  # (B, T')
-            hidden_states = _take(hidden_states, keep)
+            hidden_states = take(hidden_states, keep)
             # Kept tokens keep their positions. The mask is built without them: given positions with gaps, transformers
             # takes each gap for the border between two packed sequences.
-            rotary = (_take(rotary[0], keep), _take(rotary[1], keep))
+            rotary = (take(rotary[0], keep), take(rotary[1], keep))
             mask = None if mask is None else mask.gather(1, keep)
-            attention_mask = _causal_mask(decoder, hidden_states, mask)
+            attention_mask = causal_mask(decoder, hidden_states, mask)
         hidden_states = layer(hidden_states, attention_mask=attention_mask, position_embeddings=rotary)
     return decoder.norm(hidden_states), mask, selection
 
 
-def _visual_scores(
-    layer: Any,
-    hidden_states: Tensor,
-    rotary: Rotary,
-    mask: Tensor | None,
-    context: Tensor,
-    num_visual: int,
-) -> Tensor:
-    """(B, V): attention from the prompt rows to the visual tokens; one extra query-key product."""
-    attention = layer.self_attn
-    first_row = 1 + num_visual
-    normed = layer.input_layernorm(hidden_states)
-    queries = _heads(attention.q_proj(normed[:, first_row:]), attention.head_dim)
-    keys = _heads(attention.k_proj(normed), attention.head_dim)
-    cos, sin = rotary
-    queries, _ = apply_rotary_pos_emb(queries, queries, cos[:, first_row:], sin[:, first_row:])
-    keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
+def prompt_attention(layer: Any, prompt: Tensor, rotary: Rotary, keys: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, R, T): attention of the last R positions, mean over heads; one extra query-key product.
+
+    Args:
+        prompt: (B, R, D), their hidden states as they enter the layer.
+        rotary: of all T positions.
+        keys: (B, key-value heads, T, C), of all T positions, rotated.
+        mask: (B, T), 1 for real positions; None where none is padding.
+    """
+    attention, first_row = layer.self_attn, keys.shape[2] - prompt.shape[1]
+    queries = _heads(attention.q_proj(layer.input_layernorm(prompt)), attention.head_dim)
+    queries = _rotate(queries, (rotary[0][:, first_row:], rotary[1][:, first_row:]))
     keys = repeat_kv(keys, attention.num_key_value_groups)
-    positions = torch.arange(first_row, hidden_states.shape[1], device=hidden_states.device)
-    received = attention_received(queries, keys, context, positions, attention.scaling, mask)
+    positions = torch.arange(first_row, keys.shape[2], device=keys.device)
+    return row_attention(queries, keys, positions, attention.scaling, mask)
+
+
+def _visual_scores(
+    layer: Any, hidden_states: Tensor, rotary: Rotary, mask: Tensor | None, context: Tensor, num_visual: int
+) -> Tensor:
+    """(B, V): attention from the prompt rows to the visual tokens."""
+    attention, first_row = layer.self_attn, 1 + num_visual
+    keys = _rotate(_heads(attention.k_proj(layer.input_layernorm(hidden_states)), attention.head_dim), rotary)
+    received = attention_received(prompt_attention(layer, hidden_states[:, first_row:], rotary, keys, mask), context)
     return received[:, 1:first_row]
 
 
@@ -92,7 +91,7 @@ def _positions_to_keep(kept: Tensor, num_visual: int, length: int) -> Tensor:
     return torch.cat((bos, 1 + kept, prompt), dim=1)
 
 
-def _take(values: Tensor, positions: Tensor) -> Tensor:
+def take(values: Tensor, positions: Tensor) -> Tensor:
     """(1 or B, T, D) at (B, T') -> (B, T', D)."""
     values = values.expand(positions.shape[0], -1, -1)
     return values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2]))
@@ -103,7 +102,12 @@ def _heads(values: Tensor, head_dim: int) -> Tensor:
     return values.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
-def _causal_mask(decoder: LlamaModel, hidden_states: Tensor, mask: Tensor | None) -> Any:
+def _rotate(values: Tensor, rotary: Rotary) -> Tensor:
+    """(B, N, T, C), at the positions that `rotary` is of."""
+    return apply_rotary_pos_emb(values, values, *rotary)[0]
+
+
+def causal_mask(decoder: LlamaModel, hidden_states: Tensor, mask: Tensor | None) -> Any:
     return create_causal_mask(
         config=decoder.config,
         inputs_embeds=hidden_states,

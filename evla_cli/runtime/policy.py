@@ -19,12 +19,14 @@ from evla_cli.checkpoint.bundle import SETTINGS, open_bundle
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
-from evla_cli.methods.visual_tokens import TokenSelection
+from evla_cli.methods.frame_reuse import TokenReuse
+from evla_cli.methods.visual_tokens import TokenSelection, random_scores
 from evla_cli.models.cogact import CogACTForActionPrediction, cognition_token
 from evla_cli.models.processing import CogACTInputs, CogACTProcessor, to_image, unnormalize_actions
 from evla_cli.models.skeleton import check_device, load_model
 from evla_cli.runtime.actions import sample_actions
 from evla_cli.runtime.decoder import run_decoder
+from evla_cli.runtime.frame_cache import FrameCache
 from evla_cli.settings import InferenceSettings
 
 
@@ -93,17 +95,21 @@ class Prediction:
         actions: (B, H, A), float64, in the robot's units.
         normalized_actions: (B, H, A), in [-1, 1], gripper 0 or 1.
         cognition: (B, 1, D), what the action head was given.
-        selection: the visual tokens that were kept and why; None if all were.
+        selection: the visual tokens that were kept and why, None if all were; under `vla_cache` those that were taken
+            over from the frame before.
     """
 
     actions: np.ndarray
     normalized_actions: np.ndarray
     cognition: Tensor
-    selection: TokenSelection | None
+    selection: TokenSelection | TokenReuse | None
 
 
 class Policy:
-    """A model, its preprocessing, and settings that hold for this object alone."""
+    """A model, its preprocessing, and settings that hold for this object alone.
+
+    Call `reset` where an episode starts: some methods of choosing visual tokens depend on the calls before.
+    """
 
     def __init__(
         self, model: CogACTForActionPrediction, processor: CogACTProcessor, settings: InferenceSettings, seed: int = 0
@@ -117,6 +123,17 @@ class Policy:
         )
         self.model, self.processor, self.settings = model, processor, settings
         self._generator = torch.Generator().manual_seed(seed)
+        self._frames = FrameCache(settings.visual_tokens)
+        self.reset()
+
+    def reset(self, episode: int = 0) -> None:
+        """Forget the frames before. The stream of diffusion noise goes on.
+
+        Args:
+            episode: which random choices of visual tokens follow: those of a number are the same every time.
+        """
+        self._frames.reset()
+        self._episode, self._calls = episode, 0
 
     def with_settings(self, settings: InferenceSettings, seed: int = 0) -> "Policy":
         """The same weights under other settings."""
@@ -174,16 +191,23 @@ class Policy:
         """Vision towers, projector and prompt: the decoder's input, (B, T, D)."""
         return self.model.embed_inputs(*inputs.arguments())
 
-    def think(self, inputs: CogACTInputs, inputs_embeds: Tensor) -> tuple[Tensor, TokenSelection | None]:
-        """The cognition token, (B, 1, D)."""
-        hidden_states, mask, selection = run_decoder(
+    def think(self, inputs: CogACTInputs, inputs_embeds: Tensor) -> tuple[Tensor, TokenSelection | TokenReuse | None]:
+        """The cognition token, (B, 1, D). One call is one time step of an episode."""
+        config, tokens = self.model.config, self.settings.visual_tokens
+        arguments = (
             self.model.language_model.model,
             inputs_embeds,
             self.model.expand_mask(inputs.attention_mask, inputs.input_ids),
             self._context(inputs),
-            self.model.config.num_visual_tokens,
-            self.settings.visual_tokens,
+            config.num_visual_tokens,
         )
+        selection: TokenSelection | TokenReuse | None
+        if tokens.method == "vla_cache":
+            prompt = torch.stack((inputs.input_ids, inputs.real_tokens), dim=1)
+            hidden_states, mask, selection = self._frames.run_decoder(*arguments, prompt, inputs.picture)
+        else:
+            hidden_states, mask, selection = run_decoder(*arguments, tokens, self._random_scores(inputs_embeds))
+        self._calls += 1
         return cognition_token(hidden_states, mask), selection
 
     def act(self, cognition: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -214,11 +238,20 @@ class Policy:
             raise EvlaError(f"Unknown unnorm_key '{unnorm_key}'. {suggest(unnorm_key, stats)}")
         return stats[unnorm_key]["action"]
 
+    def _random_scores(self, inputs_embeds: Tensor) -> Tensor | None:
+        """(B, V), or None where visual tokens are not chosen at random."""
+        tokens = self.settings.visual_tokens
+        if tokens.method != "random":
+            return None
+        num_visual = self.model.config.num_visual_tokens
+        scores = random_scores(len(inputs_embeds), num_visual, tokens.seed, self._episode, self._calls)
+        return scores.to(inputs_embeds.device)
+
     def _context(self, inputs: CogACTInputs) -> Tensor:
         """(B, T - 1): the prompt rows after the image whose attention scores the visual tokens."""
-        real = torch.ones_like(inputs.input_ids) if inputs.attention_mask is None else inputs.attention_mask
-        if self.settings.visual_tokens.context == "instruction":
+        rows, real = self.settings.visual_tokens.score_rows, inputs.real_tokens
+        if rows == "instruction":
             return inputs.instruction_mask[:, 1:]
-        if self.settings.visual_tokens.context == "cognition":
+        if rows == "cognition":
             return torch.nn.functional.one_hot(real.cumsum(dim=1).argmax(dim=1), real.shape[1])[:, 1:]
         return real[:, 1:]
