@@ -101,13 +101,11 @@ def _language_model(
         if full:
             width = layer.self_attn.q_proj.out_features
             operations += _attention(computed, length, width)
-            # Scores: one more query projection and product, and where the tokens leave one more key projection.
+            # Scores: the prompt's queries and their products with the layer's own keys, once more.
             leaves = kept < visual and index == tokens.prune_layer - 1 and tokens.method != "random"
             if leaves or tokens.method == "vla_cache":
                 rows = num_prompt_tokens - 1
                 operations += 2 * layer.self_attn.q_proj.weight.numel() * rows + 2 * rows * length * width
-            if leaves:
-                operations += 2 * layer.self_attn.k_proj.weight.numel() * length
     return operations
 
 
