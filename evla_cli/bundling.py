@@ -4,7 +4,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, differing_files, open_bundle, open_manifest, write_manifest
+from evla_cli.checkpoint.bundle import (
+    SETTINGS,
+    check_is_bundle,
+    differing_files,
+    open_bundle,
+    open_manifest,
+    write_manifest,
+)
 from evla_cli.checkpoint.files import copy_file, write_json, write_text, write_yaml
 from evla_cli.checkpoint.tensors import load_finite, total_bytes, total_elements
 from evla_cli.errors import CheckFailed, EvlaError
@@ -72,8 +79,7 @@ def verify_bundle(root: Path, every_byte: bool = True) -> dict[str, Any]:
 
     Errors: CheckFailed for whatever is wrong; EvlaError where there is nothing to check.
     """
-    if not (root / MANIFEST).is_file():
-        raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
+    check_is_bundle(root)
     try:
         return _check_bundle(root, every_byte)
     except EvlaError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
-from evla_cli.calibration import combined_sha256, decode_image, load_samples
+from evla_cli.calibration import combined_sha256, load_image, load_samples
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
@@ -30,11 +30,11 @@ from evla_cli.methods.row_selection import select_channels
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream
-from evla_cli.plan import PLAN, SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
+from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
 from evla_cli.runtime.recording import denoise_similarity
-from evla_cli.schema import from_mapping
+from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
 
 OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
@@ -432,9 +432,7 @@ def predict(
     """One action chunk for an image file: (H, A), in the robot's units."""
     from evla_cli.runtime.policy import load_policy
 
-    if not image.is_file():
-        raise EvlaError(f"{image} does not exist.")
-    picture = decode_image(image.read_bytes(), str(image))
+    picture = load_image(image, str(image))
     policy = load_policy(bundle, device=device, dtype=DTYPES[dtype] if dtype else None)
     return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
 

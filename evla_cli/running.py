@@ -21,12 +21,11 @@ from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.pipeline import OnComplete
-from evla_cli.schema import from_mapping, to_mapping
+from evla_cli.schema import SCHEMA_VERSION, check_schema_version, from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
 STATE = "run.json"
 _SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class RunState:
     sha256: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+        check_schema_version(self.schema_version)
 
     @classmethod
     def load(cls, path: Path) -> "RunState":

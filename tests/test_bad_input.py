@@ -343,7 +343,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "line that is no JSON": (ANALYZE, "samples.jsonl:1 is not valid JSON", write("samples/samples.jsonl", "{")),
     "text with half a character": (
         ANALYZE,
-        "samples.jsonl:1: field 'instruction' is not valid Unicode",
+        "samples.jsonl:1 is not valid JSON: a text in it is not valid Unicode",
         write("samples/samples.jsonl", '{"image": "0.png", "instruction": "open \\ud800"}'),
     ),
     "missing image": (ANALYZE, "samples.jsonl:2: image samples/1.png does not exist", remove("samples/1.png")),
@@ -386,7 +386,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     ),
     "importance of a later schema": (
         f"{PRUNE} --drop-layers 1",
-        "importance.json: Importance file of schema 2",
+        "importance.json: schema_version is 2; this evla reads 1.",
         edit("importance.json", lambda i: i.update(schema_version=2)),
     ),
     "importance that is a text": (
@@ -493,7 +493,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "manifest with a path outside": (
         PREDICT,
         "'../a' is not a path inside bundle",
-        edit("bundle/manifest.json", lambda m: m["files"].update({"../a": {"bytes": 1, "sha256": ""}})),
+        edit("bundle/manifest.json", lambda m: m["files"].update({"../a": {"bytes": 1, "sha256": "0" * 64}})),
     ),
     "edited settings": (
         PREDICT,

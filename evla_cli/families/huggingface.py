@@ -1,5 +1,6 @@
 """Checkpoints in Hugging Face's layout: one config.json beside safetensors (or .bin) shards."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config.json. A number of layers that no model has is refused here: transformers would count up to it."""
     config = read_json(path)
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in section.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise EvlaError(f"{path}: {key} is {value}; it must be a finite number.")
         layers = section.get("num_hidden_layers", 1)
         if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
             raise EvlaError(f"{path}: num_hidden_layers must be between 1 and {_MAX_LAYERS}, found {layers!r}.")
