@@ -172,7 +172,7 @@ def damaged_records(draw: st.DrawFn, valid: Any) -> Any:
         if kind < 3:
             parent[last] = draw(_values())
         elif kind == 3:
-            parent[last] = draw(_near(parent[last]))
+            parent[last] = draw(_near(parent[last]).map(deepcopy))
         elif kind == 4:
             del parent[last]
         elif isinstance(parent, list):
