@@ -232,7 +232,7 @@ def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> Pru
     drop = options.drop_layers or None  # the recipe's default
     num_first = _num_protected(source, options.protect_first)
     keep = _layers_to_keep(source, ranking, drop, None, options.drop_layer_ids, num_first)
-    width = prune_width(source.intermediate_size, options.mlp_prune_ratio)
+    width = _width_to_keep(source, options.mlp_prune_ratio)
     mlp_keep = None
     if width < source.intermediate_size:
         _mlp_names(source)
@@ -358,7 +358,7 @@ def _layers_to_keep(
 def _channels_to_keep(
     checkpoint: Checkpoint, layers: Sequence[int], mlp_prune_ratio: float, method: str, seed: int
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, Any]]:
-    width = prune_width(checkpoint.intermediate_size, mlp_prune_ratio)
+    width = _width_to_keep(checkpoint, mlp_prune_ratio)
     if width == checkpoint.intermediate_size:
         return None, {}
     names = _mlp_names(checkpoint)
@@ -374,6 +374,17 @@ def _channels_to_keep(
             bar.update(done - bar.n)
 
         return select_channels(method, layers, read_mlp, checkpoint.intermediate_size, width, seed, on_step)
+
+
+def _width_to_keep(checkpoint: Checkpoint, mlp_prune_ratio: float) -> int:
+    before = checkpoint.intermediate_size
+    width = prune_width(before, mlp_prune_ratio)
+    if mlp_prune_ratio and width == before:
+        raise EvlaError(
+            f"--mlp-prune-ratio {mlp_prune_ratio} removes none of {before} channels, since what stays is rounded to a "
+            "multiple of 64 (narrow MLPs: less); give a larger ratio, or 0."
+        )
+    return width
 
 
 def _mlp_names(checkpoint: Checkpoint) -> list[str]:

@@ -147,9 +147,12 @@ class PrunePlan:
 
     @classmethod
     def load(cls, path: Path) -> "PrunePlan":
-        record = from_mapping(_PlanFile, read_yaml(path), str(path))
+        record = read_yaml(path)
+        if "keep_layers" not in record:
+            raise EvlaError(f"{path} has no keep_layers: not a {PLAN}, which evla prune writes into what it prunes.")
+        plan = from_mapping(_PlanFile, record, str(path))
         try:
-            return record.plan()
+            return plan.plan()
         except EvlaError as error:
             raise EvlaError(f"{path}: {error}") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evla_cli import __version__
-from evla_cli.checkpoint.files import file_stamp, inside, known_sha256, read_json, sha256_file, write_json
+from evla_cli.checkpoint.files import check_exists, file_stamp, inside, known_sha256, read_json, sha256_file, write_json
 from evla_cli.errors import EvlaError
 from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, from_mapping
 
@@ -93,8 +93,7 @@ def open_manifest(root: Path) -> Bundle:
 
 
 def check_is_bundle(root: Path) -> None:
-    if not root.exists():
-        raise EvlaError(f"{root} does not exist.")
+    check_exists(root)
     if not (root / MANIFEST).is_file():
         raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
 

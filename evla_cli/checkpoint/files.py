@@ -96,6 +96,20 @@ def _is_plain(node: yaml.ScalarNode) -> bool:
 _DECIMAL = r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*([eE][-+][0-9]+)?)?"
 
 
+def check_exists(path: Path) -> None:
+    """Of a checkpoint or a bundle, which may have been named as other tools name it."""
+    if os.path.exists(path):
+        return
+    name = path.as_posix()  # of a URL, with a single slash after its colon
+    hub = re.fullmatch(r"(https:/huggingface\.co/)?([\w-][\w.-]*/[\w.-]+)", name)
+    if hub and (hub[1] or not path.parent.exists()):
+        hint = f"hf download {hub[2]} --local-dir DIRECTORY"
+        raise EvlaError(f"{name} does not exist: evla reads local directories only. Download it first: {hint}.")
+    if re.match("[a-z0-9]{2,}:/", name):
+        raise EvlaError(f"{name} does not exist: evla reads local directories only. Download it first.")
+    raise EvlaError(f"{path} does not exist.")
+
+
 def read_text(path: Path, max_bytes: int | None = None) -> str:
     """A UTF-8 text file. Errors: it has more than `max_bytes`."""
     try:

@@ -1,7 +1,7 @@
 """Checkpoints in Hugging Face's layout: one config.json beside safetensors (or .bin) shards."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def open_huggingface(
         target.update({key: values for key, values in (layer_lists or {}).items() if not target.get(key)})
         write_json(dest / "config.json", prune_config(raw, family.config_path, plan))
         hashes = write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
-        copy_other_files(directory, dest)
+        # The README of a bundle tells what is in it and how to run it: neither holds any longer.
+        copy_other_files(directory, dest, leave_out={"README.md"} if source.layout == "bundle" else ())
         return hashes
 
     return Checkpoint(
@@ -81,8 +82,8 @@ def other_files(directory: Path) -> list[Path]:
     return [p for p in paths if p.is_file() and p.suffix not in _WEIGHT_SUFFIXES and not p.name.startswith(".")]
 
 
-def copy_other_files(source: Path, dest: Path) -> None:
+def copy_other_files(source: Path, dest: Path, leave_out: Collection[str] = ()) -> None:
     """All `other_files` but those of another state of the model, and but what `dest` already has."""
     for path in other_files(source):
-        if path.name not in _STALE and not (dest / path.name).exists():
+        if path.name not in {*_STALE, *leave_out} and not (dest / path.name).exists():
             copy_file(path, dest / path.name)

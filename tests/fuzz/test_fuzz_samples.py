@@ -26,7 +26,7 @@ from evla_cli.calibration import Sample, load_samples
 MAX_PIXELS = 34_000_000
 
 
-@pytest.mark.parametrize("num_cases", [60, pytest.param(1500, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [40, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_image_samples(num_cases: int, image_samples: Path, tmp_path: Path, counted: Any) -> None:
     folder = tmp_path / "samples"
     shutil.copytree(image_samples, folder)
@@ -152,7 +152,7 @@ def test_text_samples(num_cases: int, tmp_path: Path, counted: Any) -> None:
     counted("texts", run_examples("text samples", num_cases, st.one_of(plain, jsonl), case))
 
 
-@pytest.mark.parametrize("num_cases", [150, pytest.param(3000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [150, pytest.param(2500, marks=pytest.mark.fuzz)])
 def test_images(num_cases: int, tmp_path: Path, counted: Any) -> None:
     """Also that a picture is refused rather than changed: 16 bits cut to 8, more pixels than there is memory for."""
 
