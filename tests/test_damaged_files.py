@@ -21,6 +21,7 @@ from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.plan import PrunePlan
 from evla_cli.running import run_recipe
+from evla_cli.runtime.policy import policy_from_checkpoint
 from evla_cli.settings import InferenceSettings
 
 # YAML: one value in place of an interval
@@ -158,12 +159,33 @@ def test_listed_path_longer_than_any(bundle, tmp_path):
         open_checkpoint(tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("number", ["NaN", "1e400"])
-def test_config_with_a_number_that_is_not_finite(number, decoders, tmp_path):
+def test_bundle_whose_statistics_have_no_mask(bundle, tmp_path):
+    """All dimensions are scaled then, as in a native run; it was a traceback at the first prediction."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    config = json.loads((bundle / "config.json").read_text())
+    del config["norm_stats"]["kitchen"]["action"]["mask"]
+    (tmp_path / "bundle/config.json").write_text(json.dumps(config))
+    (tmp_path / "bundle/manifest.json").unlink()
+    policy = policy_from_checkpoint(tmp_path / "bundle")
+    assert policy.action_stats(None)["mask"] == [True] * 7
+
+
+def test_language_model_of_another_type_is_not_taken_for_a_llama(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    config = json.loads((bundle / "config.json").read_text())
+    config["text_config"]["model_type"] = "mistral"
+    (tmp_path / "bundle/config.json").write_text(json.dumps(config))
+    (tmp_path / "bundle/manifest.json").unlink()
+    with pytest.raises(EvlaError, match=r"text_config.model_type must be 'llama', found 'mistral'"):
+        open_checkpoint(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e400", "9223372036854775808"])
+def test_config_with_a_number_that_no_model_has(number, decoders, tmp_path):
     shutil.copytree(decoders("llama"), tmp_path / "llama")
     config = tmp_path / "llama/config.json"
     config.write_text(config.read_text().replace("1e-06", number))
-    with pytest.raises(EvlaError, match=r"rms_norm_eps is (nan|inf); it must be a finite number"):
+    with pytest.raises(EvlaError, match=r"rms_norm_eps is (nan|inf|9223372036854775808); it must be a finite number"):
         open_checkpoint(tmp_path / "llama")
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 from evla_cli.checkpoint.bundle import SETTINGS
@@ -17,17 +18,19 @@ from evla_cli.plan import PrunePlan
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
 _MAX_LAYERS = 1000
+_MAX_INTEGER = 2**31
 # Of another state of the model: manifest and settings belong to the exact weights they were made for.
 _STALE = {*MARKERS, SETTINGS, "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json. A number of layers that no model has is refused here: transformers would count up to it."""
+    """A config.json. Numbers that no model has are refused here: transformers would count up to them, or compute with
+    them and fail somewhere else."""
     config = read_json(path)
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in section.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise EvlaError(f"{path}: {key} is {value}; it must be a finite number.")
+            if isinstance(value, int | float) and not abs(value) < (_MAX_INTEGER if type(value) is int else math.inf):
+                raise EvlaError(f"{path}: {key} is {short_repr(value)}; it must be a finite number, of 31 bits if whole.")
         layers = section.get("num_hidden_layers", 1)
         if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
             raise EvlaError(f"{path}: num_hidden_layers must be between 1 and {_MAX_LAYERS}, found {layers!r}.")
