@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = {"image": '{"image": "0001.png", "instruction": "open the drawer"}', "text": '{"text": "..."}'}
 _MAX_PIXELS = 34_000_000  # a frame in 8K; more is a decompression bomb
+_MAX_SIDE = 65_535  # Pillow needs memory for every row
 _MAX_BYTES = 4 * _MAX_PIXELS
 # Pillow also reads PostScript and the like, by running another program on the file.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
@@ -96,8 +97,10 @@ def load_image(path: Path, where: str) -> "Image":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; what is wrong with the picture itself is an exception
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > _MAX_PIXELS:
-                    raise EvlaError(f"{where} has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}.")
+                width, height = image.size
+                if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
+                    limit = f"{_MAX_PIXELS} in all and {_MAX_SIDE} a side"
+                    raise EvlaError(f"{where} has {width} x {height} pixels, more than {limit}.")
                 if image.mode not in _MODES:
                     raise EvlaError(
                         f"{where} has pixels of Pillow's mode {image.mode}; convert it to 8 bits a channel."

@@ -245,6 +245,13 @@ def test_postscript_is_not_handed_to_another_program(tmp_path):
         opened(tmp_path / "a.png")
 
 
+def test_image_of_a_single_column(tmp_path):
+    """A few bytes that took 300 MB, since Pillow keeps a pointer to every row."""
+    Image.new("1", (1, 70_000)).save(tmp_path / "a.png")
+    with pytest.raises(EvlaError, match="has 1 x 70000 pixels, more than 34000000 in all and 65535 a side"):
+        opened(tmp_path / "a.png")
+
+
 def test_image_file_without_end(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     os.truncate(tmp_path / "a.png", 2**40)

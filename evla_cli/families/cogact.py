@@ -329,7 +329,9 @@ def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
         section = getattr(built, name)
         model_type = config[name].get("model_type", section.model_type)
         if model_type != section.model_type:
-            raise EvlaError(f"{where}: {name}.model_type must be '{section.model_type}', found {short_repr(model_type)}.")
+            raise EvlaError(
+                f"{where}: {name}.model_type must be '{section.model_type}', found {short_repr(model_type)}."
+            )
         for key in _SIZES:
             size = getattr(section, key, 1)
             if type(size) is not int or size < 1:

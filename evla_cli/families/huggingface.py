@@ -30,7 +30,9 @@ def read_config(path: Path) -> dict[str, Any]:
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in section.items():
             if isinstance(value, int | float) and not abs(value) < (_MAX_INTEGER if type(value) is int else math.inf):
-                raise EvlaError(f"{path}: {key} is {short_repr(value)}; it must be a finite number, of 31 bits if whole.")
+                raise EvlaError(
+                    f"{path}: {key} is {short_repr(value)}; it must be a finite number, of 31 bits if whole."
+                )
         layers = section.get("num_hidden_layers", 1)
         if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
             raise EvlaError(f"{path}: num_hidden_layers must be between 1 and {_MAX_LAYERS}, found {layers!r}.")

@@ -50,6 +50,8 @@ def test_settings(num_cases: int, policy: Policy, tmp_path: Path, counted: Any) 
         if configured is REFUSED:
             return False
         prediction = attempt(lambda: configured.predict([image], ["open"]))
+        if prediction is REFUSED:  # a guidance beyond the numbers that the model computes with
+            return False
         assert np.isfinite(prediction.actions).all()
         num_keep = settings.visual_tokens.num_keep
         if num_keep is not None and num_keep < pico.NUM_VISUAL:
