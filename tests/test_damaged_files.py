@@ -94,6 +94,15 @@ def test_name_from_a_file_is_no_command_to_the_terminal_and_fills_no_screen(coga
     assert len(result.stderr) < 1100
 
 
+def test_path_that_is_no_text(tmp_path):
+    """Where it was printed on stdout, that was a traceback."""
+    path = f"{tmp_path}/run\udcff"
+    os.mkdir(path)
+    result = CliRunner().invoke(cli, ["inspect", path])
+    assert result.exit_code == 2
+    assert "is not a path that can be used" in result.stderr
+
+
 # Plans
 
 
