@@ -279,7 +279,7 @@ def test_importance(num_cases: int, cogact_run: Path, importance_file: Path, tmp
         if result is REFUSED:
             return False
         said = json_value(text)
-        scores = [layer["importance"] for layer in said["layers"]]
+        scores = [float(layer["importance"]) for layer in said["layers"]]
         assert said["checkpoint_sha256"] == valid["checkpoint_sha256"]
         assert [layer["index"] for layer in said["layers"]] == list(range(6))
         assert np.isfinite(scores).all()
