@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format docs train-demo clean
+.PHONY: help setup demo test test-slow fuzz lint format docs train-demo clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -22,10 +22,13 @@ demo: $(STAMP)  ## Compress the shipped CogACT and print before against after
 	$(BIN)/python scripts/demo.py
 
 test: $(STAMP)  ## The test suite (minutes)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not fuzz'
 
 test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(STAMP)  ## Damaged input files by the ten thousand (minutes); a few hundred are in `make test`
+	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
 lint: $(STAMP)  ## ruff, mypy, and docs/cli.md up to date
 	$(BIN)/ruff check .

@@ -223,7 +223,7 @@ def test_a_plan_can_be_followed_again(pruned, cogact_run, tmp_path):
 def test_a_plan_of_another_checkpoint_is_refused(pruned, cogact_run, tmp_path):
     text = (pruned / "prune_plan.yaml").read_text()
     sha256 = yaml.safe_load(text)["checkpoint_sha256"]
-    (tmp_path / "plan.yaml").write_text(text.replace(sha256, "0" * 64))
+    (tmp_path / "plan.yaml").write_text(text.replace(sha256, "f" * 64))
     assert "another checkpoint" in evla_error("prune", cogact_run, tmp_path / "a", "--plan", tmp_path / "plan.yaml")
     assert "num_layers is 6" in evla_error("prune", pruned, tmp_path / "a", "--plan", pruned / "prune_plan.yaml")
     options = ("--plan", pruned / "prune_plan.yaml", "--drop-layers", 1)

@@ -138,7 +138,7 @@ class TestDecoderStream:
         for ours, theirs in zip(found.layers, expected.layers, strict=True):
             assert ours.importance == pytest.approx(theirs.importance, abs=5e-3)
 
-    @pytest.mark.parametrize("budget", ["1", "20KB", "1GB"])
+    @pytest.mark.parametrize("budget", ["0.001KB", "20KB", "1GB"])
     def test_a_memory_budget_changes_nothing(self, cogact_run, image_samples, budget, monkeypatch):
         monkeypatch.setattr(scratch, "_REGION_BYTES", 2**16)
         expected = pipeline.analyze(cogact_run, image_samples, batch_size=2)

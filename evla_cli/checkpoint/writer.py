@@ -11,6 +11,7 @@ from evla_cli.checkpoint.tensors import LazyTensors, total_bytes
 from evla_cli.errors import EvlaError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_MIN_BYTES = 100_000  # that a size without a unit can mean
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -52,9 +53,11 @@ def split_into_shards(tensors: LazyTensors, max_shard_bytes: int) -> list[LazyTe
 
 
 def parse_size(text: str) -> int:
-    """`"500MB"`, `"2GiB"` or a number of bytes."""
+    """`"500MB"`, `"2GiB"` or a number of bytes. Errors: also a number so small that a unit was meant with it."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    if size <= 0:
+    if match is None or size <= 0:
         raise EvlaError(f"'{text[:40]}' is not a size such as 500MB, 2GiB or a number of bytes.")
+    if size < _MIN_BYTES and not match[2]:
+        raise EvlaError(f"A size of {size} bytes? Give its unit, such as {size}GB, {size}MiB or {size}KB.")
     return size

@@ -9,7 +9,7 @@ import click
 from evla_cli import __version__
 from evla_cli.cli import analyze, bench, compare, export, inspect, predict, prune, run, verify
 from evla_cli.cli.stopping import stoppable
-from evla_cli.errors import EvlaError
+from evla_cli.errors import EvlaError, one_line
 
 
 class Group(click.Group):
@@ -22,7 +22,7 @@ class Group(click.Group):
             with stoppable():
                 return super().invoke(ctx)
         except EvlaError as error:
-            click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
+            click.echo(f"Error: {one_line(error)}", err=True)
             sys.exit(error.exit_code)
         except click.exceptions.NoArgsIsHelpError:
             raise

@@ -179,6 +179,8 @@ class Policy:
         cognition, selection = self.think(inputs, self.see(inputs))
         normalized = self.act(cognition, noise, generator)
         actions, clipped = unnormalize_actions(normalized.float().cpu().numpy(), stats)
+        if not np.isfinite(actions).all():
+            raise EvlaError("The model computed an action that is not finite; its config or its dtype does not fit it.")
         return Prediction(actions, clipped, cognition, selection)
 
     # The stages of one prediction, in order.
