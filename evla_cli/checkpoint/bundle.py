@@ -46,10 +46,15 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A directory that export or prune wrote, whose manifest has been read."""
+    """A directory that export or prune wrote, whose manifest has been read.
+
+    Attributes:
+        unpruned_sha256: hash of the checkpoint that was exported as it was; None if it was pruned before.
+    """
 
     root: Path
     files: dict[str, FileEntry]
+    unpruned_sha256: str | None
 
 
 def library_versions() -> dict[str, str]:
@@ -83,14 +88,16 @@ def open_bundle(root: Path) -> Bundle:
 def open_manifest(root: Path) -> Bundle:
     """Read the manifest and check, cheaply, that every file is there with its size."""
     check_is_bundle(root)
-    files = from_mapping(_Manifest, read_json(root / MANIFEST), str(root / MANIFEST)).files
+    manifest = from_mapping(_Manifest, read_json(root / MANIFEST), str(root / MANIFEST))
+    files = manifest.files
     for name, entry in files.items():
         path = inside(root, name, str(root / MANIFEST))
         if not path.is_file():
             raise EvlaError(f"{root} lacks {name}, which its manifest lists; copy it again.")
         if path.stat().st_size != entry.bytes:
             raise EvlaError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; copy it again.")
-    return Bundle(root, files)
+    source = manifest.source if manifest.plan is None else None
+    return Bundle(root, files, (source or {}).get("checkpoint_sha256"))
 
 
 def check_is_bundle(root: Path) -> None:

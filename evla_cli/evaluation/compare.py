@@ -191,9 +191,9 @@ def shared_plan(a: Candidate, b: Candidate) -> tuple[PrunePlan | None, str | Non
 def _hashes(checkpoint: Checkpoint) -> list[str]:
     """Of its weights, and of those that an unpruned bundle was exported from."""
     if checkpoint.layout == "bundle":
-        manifest = open_manifest(checkpoint.root).manifest
-        if manifest.get("plan") is None:
-            return [manifest["source"]["checkpoint_sha256"]]
+        unpruned_sha256 = open_manifest(checkpoint.root).unpruned_sha256
+        if unpruned_sha256 is not None:
+            return [unpruned_sha256]
     return [checkpoint.reader.sha256]
 
 
