@@ -9,7 +9,7 @@ EPISODES ?= 100
 WORKERS ?= 2
 METAWORLD = --suite metaworld --dtype float32 --episodes $(EPISODES) --workers $(WORKERS)
 
-.PHONY: help setup demo eval-table eval-contrasts test test-slow lint format docs train-demo clean
+.PHONY: help setup demo eval-table eval-contrasts test test-slow fuzz lint format docs train-demo clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -40,10 +40,13 @@ $(VENV)/.metaworld: $(STAMP)
 	touch $@
 
 test: $(STAMP)  ## The test suite (minutes)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not fuzz'
 
 test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(STAMP)  ## Damaged input files by the ten thousand (minutes); a few hundred are in `make test`
+	$(BIN)/python -m pytest -m fuzz tests/fuzz
 
 lint: $(STAMP)  ## ruff, mypy, and docs/cli.md up to date
 	$(BIN)/ruff check .

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from evla_cli.checkpoint.bundle import (
-    MANIFEST,
     SETTINGS,
+    check_is_bundle,
     differing_files,
     open_bundle,
     open_manifest,
@@ -78,8 +78,7 @@ def verify_bundle(root: Path) -> dict[str, Any]:
 
     Errors: CheckFailed for whatever is wrong; EvlaError where there is nothing to check.
     """
-    if not (root / MANIFEST).is_file():
-        raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
+    check_is_bundle(root)
     try:
         bundle = open_manifest(root)
         hashing = start_hashing(bundle)

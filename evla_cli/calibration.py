@@ -7,19 +7,26 @@ files beside it; or for plain decoders a JSONL file of `{"text": "..."}`, or a t
 import hashlib
 import io
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evla_cli.checkpoint.files import inside, read_text
+from evla_cli.checkpoint.files import inside, parse_json, read_text
 from evla_cli.errors import EvlaError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _EXAMPLES = {"image": '{"image": "0001.png", "instruction": "open the drawer"}', "text": '{"text": "..."}'}
-_MAX_PIXELS = 50_000_000  # a camera frame has a few million; more is a decompression bomb
+_MAX_PIXELS = 34_000_000  # a frame in 8K; more is a decompression bomb
+_MAX_SIDE = 65_535  # Pillow needs memory for every row
+_MAX_BYTES = 4 * _MAX_PIXELS
+# Pillow also reads PostScript and the like, by running another program on the file.
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # of 8 bits, or less, a channel
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,14 @@ class Sample:
     @property
     def image(self) -> "Image":
         assert self.image_path is not None
-        return decode_image(_read_image_file(self.image_path, self.where), f"{self.where}: {self.image_path}")
+        return load_image(self.image_path, f"{self.where}: {self.image_path}")
 
     def content_sha256(self) -> str:
         digest = hashlib.sha256(json.dumps([self.text, self.instruction], ensure_ascii=False).encode())
         if self.image_path is not None:
-            digest.update(hashlib.sha256(_read_image_file(self.image_path, self.where)).digest())
+            digest.update(
+                hashlib.sha256(_read_image_file(self.image_path, f"{self.where}: {self.image_path}")).digest()
+            )
         return digest.hexdigest()
 
 
@@ -79,18 +88,28 @@ def combined_sha256(digests: list[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def decode_image(data: bytes, where: str) -> "Image":
+def load_image(path: Path, where: str) -> "Image":
+    """RGB, 8 bits a channel. Errors: no file, no image, or one that would have to be cut down to that."""
     from PIL import Image, UnidentifiedImageError
 
+    data = _read_image_file(path, where)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise EvlaError(f"{where} has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}.")
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata; what is wrong with the picture itself is an exception
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
+                    limit = f"{_MAX_PIXELS} in all and {_MAX_SIDE} a side"
+                    raise EvlaError(f"{where} has {width} x {height} pixels, more than {limit}.")
+                if image.mode not in _MODES:
+                    raise EvlaError(
+                        f"{where} has pixels of Pillow's mode {image.mode}; convert it to 8 bits a channel."
+                    )
+                return image.convert("RGB")
     except EvlaError:
         raise
     except UnidentifiedImageError as error:
-        raise EvlaError(f"{where} is not an image in a format that Pillow reads.") from error
+        raise EvlaError(f"{where} is not an image in a format that is read: {', '.join(_FORMATS)}.") from error
     except Exception as error:  # PIL raises many kinds for damaged files
         raise EvlaError(f"{where} is not an image that can be read ({type(error).__name__}: {error}).") from error
 
@@ -98,8 +117,7 @@ def decode_image(data: bytes, where: str) -> "Image":
 def _image_samples(file: Path) -> Iterator[Sample]:
     for where, record in _json_lines(file):
         path = inside(file.parent, _field(record, "image", where), where)
-        if not path.is_file():
-            raise EvlaError(f"{where}: image {path} does not exist.")
+        _check_image_file(path, f"{where}: image {path}")
         yield Sample(where, instruction=_field(record, "instruction", where), image_path=path)
 
 
@@ -108,7 +126,7 @@ def _text_samples(file: Path) -> Iterator[Sample]:
         for where, record in _json_lines(file):
             yield Sample(where, text=_field(record, "text", where))
     else:
-        for number, line in enumerate(read_text(file).splitlines(), start=1):
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
             if line.strip():
                 yield Sample(f"{file}:{number}", text=line)
 
@@ -119,8 +137,8 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{file}:{number}"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise EvlaError(f"{where} is not valid JSON: {error}.") from error
         if not isinstance(record, dict):
             raise EvlaError(f"{where} must hold a JSON object.")
@@ -131,13 +149,21 @@ def _field(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise EvlaError(f"{where}: missing field '{key}' (a text that is not empty).")
-    if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise EvlaError(f"{where}: field '{key}' is not valid Unicode (a lone surrogate).")
     return value
 
 
 def _read_image_file(path: Path, where: str) -> bytes:
+    _check_image_file(path, where)
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise EvlaError(f"{where}: cannot read {path}: {error.strerror}.") from error
+        raise EvlaError(f"{where} cannot be read: {error.strerror}.") from error
+    if len(data) > _MAX_BYTES:
+        raise EvlaError(f"{where} has more than {_MAX_BYTES:,} bytes; that is no camera image.")
+    return data
+
+
+def _check_image_file(path: Path, where: str) -> None:
+    if not os.path.isfile(path):
+        raise EvlaError(f"{where} {'is not a file' if os.path.lexists(path) else 'does not exist'}.")

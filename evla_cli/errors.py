@@ -16,6 +16,17 @@ class CheckFailed(EvlaError):
     exit_code = 1
 
 
+_MAX_LETTERS = 1000
+
+
+def one_line(error: EvlaError) -> str:
+    """What is printed of it. A name out of a damaged file must not fill the screen or be a command to the terminal."""
+    text = " ".join(str(error).splitlines())
+    if len(text) > _MAX_LETTERS:
+        text = f"{text[: _MAX_LETTERS // 2]} ... {text[-_MAX_LETTERS // 2 :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`Did you mean 'interval'? Known: interval, phase.` for an unknown name."""
     known = sorted(known)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
-from evla_cli.calibration import combined_sha256, decode_image, load_samples
+from evla_cli.calibration import combined_sha256, load_image, load_samples
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
@@ -27,14 +27,12 @@ from evla_cli.methods.layer_importance import importance_and_error, run_layer
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.methods.row_selection import select_channels
-from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream
-from evla_cli.plan import PLAN, SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan
+from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
-from evla_cli.runtime.recording import denoise_similarity
-from evla_cli.schema import from_mapping
+from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
 
 OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
@@ -123,6 +121,9 @@ def _out_of_memory(device: str) -> Iterator[None]:
 
 def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ranks) -> dict[str, Any] | None:
     """How alike the action head's denoising steps are, given the cognition tokens of the samples."""
+    from evla_cli.models.cogact import cognition_token
+    from evla_cli.runtime.recording import denoise_similarity
+
     if checkpoint.family.action_head is None:
         return None
     norm = stream.load_part(f"{checkpoint.family.decoder}.norm")
@@ -245,7 +246,7 @@ def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> Pru
     drop = options.drop_layers or None  # the recipe's default
     num_first = _num_protected(source, options.protect_first)
     keep = _layers_to_keep(source, ranking, drop, None, options.drop_layer_ids, num_first)
-    width = prune_width(source.intermediate_size, options.mlp_prune_ratio)
+    width = _width_to_keep(source, options.mlp_prune_ratio)
     mlp_keep = None
     if width < source.intermediate_size:
         _mlp_names(source)
@@ -371,7 +372,7 @@ def _layers_to_keep(
 def _channels_to_keep(
     checkpoint: Checkpoint, layers: Sequence[int], mlp_prune_ratio: float, method: str, seed: int
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, Any]]:
-    width = prune_width(checkpoint.intermediate_size, mlp_prune_ratio)
+    width = _width_to_keep(checkpoint, mlp_prune_ratio)
     if width == checkpoint.intermediate_size:
         return None, {}
     names = _mlp_names(checkpoint)
@@ -387,6 +388,17 @@ def _channels_to_keep(
             bar.update(done - bar.n)
 
         return select_channels(method, layers, read_mlp, checkpoint.intermediate_size, width, seed, on_step)
+
+
+def _width_to_keep(checkpoint: Checkpoint, mlp_prune_ratio: float) -> int:
+    before = checkpoint.intermediate_size
+    width = prune_width(before, mlp_prune_ratio)
+    if mlp_prune_ratio and width == before:
+        raise EvlaError(
+            f"--mlp-prune-ratio {mlp_prune_ratio} removes none of {before} channels, since what stays is rounded to a "
+            "multiple of 64 (narrow MLPs: less); give a larger ratio, or 0."
+        )
+    return width
 
 
 def _mlp_names(checkpoint: Checkpoint) -> list[str]:
@@ -416,7 +428,7 @@ def export(
         weights = cast(checkpoint.weights, dtype)
         check_space(staging.parent, total_bytes(weights))
         with _byte_progress("exporting", weights, checkpoint.reader) as on_bytes:
-            hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
+            hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes, cached=True)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
         facts = verify_bundle(staging)
         checkpoint.reader.check_unchanged()
@@ -442,9 +454,7 @@ def predict(
     """One action chunk for an image file: (H, A), in the robot's units."""
     from evla_cli.runtime.policy import load_policy
 
-    if not image.is_file():
-        raise EvlaError(f"{image} does not exist.")
-    picture = decode_image(image.read_bytes(), str(image))
+    picture = load_image(image, str(image))
     policy = load_policy(bundle, device=device, dtype=DTYPES[dtype] if dtype else None)
     return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ from evla_cli import __version__
 from evla_cli.checkpoint.bundle import library_versions
 from evla_cli.checkpoint.files import read_json, read_yaml
 from evla_cli.errors import EvlaError, suggest
-from evla_cli.schema import from_mapping, to_mapping
+from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, from_mapping, to_mapping
 
-SCHEMA_VERSION = 1
 METRICS = ("block_influence",)
 PLAN = "prune_plan.yaml"
 
@@ -49,14 +49,13 @@ class LayerImportance:
     action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise EvlaError(
-                f"Importance file of schema {self.schema_version}; this evla reads schema {SCHEMA_VERSION}."
-            )
+        check_schema_version(self.schema_version)
         if self.metric not in METRICS:
             raise EvlaError(f"Unknown metric '{self.metric}'. {suggest(self.metric, METRICS)}")
         if self.num_samples < 1:
             raise EvlaError(f"num_samples must be at least 1, got {self.num_samples}.")
+        check_sha256("checkpoint_sha256", self.checkpoint_sha256)
+        check_sha256("samples_sha256", self.samples_sha256)
         if [score.index for score in self.layers] != list(range(len(self.layers))) or not self.layers:
             raise EvlaError("The layers of an importance file must be listed in order: 0, 1, 2, ...")
 
@@ -149,21 +148,56 @@ class PrunePlan:
     @classmethod
     def load(cls, path: Path) -> "PrunePlan":
         record = read_yaml(path)
-        if record.get("schema_version") != SCHEMA_VERSION:
-            raise EvlaError(f"{path}: schema_version must be {SCHEMA_VERSION}, found {record.get('schema_version')}.")
+        if "keep_layers" not in record:
+            raise EvlaError(f"{path} has no keep_layers: not a {PLAN}, which evla prune writes into what it prunes.")
+        plan = from_mapping(_PlanFile, record, str(path))
         try:
-            masks, width = record["mlp_keep"], record["intermediate_size"]
-            keep = tuple(record["keep_layers"])
-            return cls(
-                num_layers=record["num_layers"],
-                intermediate_size=width,
-                keep_layers=keep,
-                mlp_keep=None if masks is None else tuple(_from_mask(masks[layer], width) for layer in keep),
-                checkpoint_sha256=record["checkpoint_sha256"],
-                how=record["how"],
+            return plan.plan()
+        except EvlaError as error:
+            raise EvlaError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _PlanFile:
+    """`prune_plan.yaml` as it stands on the disk: what follows from other keys must fit them."""
+
+    schema_version: int
+    checkpoint_sha256: str
+    num_layers: int
+    keep_layers: tuple[int, ...]
+    dropped_layers: tuple[int, ...]
+    intermediate_size: int
+    kept_intermediate_size: int
+    how: dict[str, Any]
+    mlp_keep: dict[int, str] | None
+    evla_version: str = ""
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_schema_version(self.schema_version)
+        check_sha256("checkpoint_sha256", self.checkpoint_sha256)
+        # In this order: a number of layers that nothing lists must not be counted up to.
+        if self.num_layers != len(self.keep_layers) + len(self.dropped_layers) or (
+            sorted(self.keep_layers + self.dropped_layers) != list(range(self.num_layers))
+        ):
+            raise EvlaError(f"keep_layers and dropped_layers must name each of the {self.num_layers} layers once.")
+
+    def plan(self) -> PrunePlan:
+        """Errors: the widths or the masks contradict each other."""
+        mlp_keep = None
+        if self.mlp_keep is not None:
+            if self.mlp_keep.keys() != set(self.keep_layers):
+                raise EvlaError("mlp_keep must have one channel mask for each of keep_layers, and no other.")
+            mlp_keep = tuple(_from_mask(self.mlp_keep[layer], self.intermediate_size) for layer in self.keep_layers)
+        plan = PrunePlan(
+            self.num_layers, self.intermediate_size, self.keep_layers, mlp_keep, self.checkpoint_sha256, self.how
+        )
+        if plan.kept_intermediate_size != self.kept_intermediate_size:
+            raise EvlaError(
+                f"kept_intermediate_size is {self.kept_intermediate_size}, mlp_keep keeps "
+                f"{plan.kept_intermediate_size} channels."
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EvlaError(f"{path} is not a plan that evla wrote: {type(error).__name__} {error}.") from error
+        return plan
 
 
 def _to_mask(channels: tuple[int, ...], width: int) -> str:
@@ -174,7 +208,11 @@ def _to_mask(channels: tuple[int, ...], width: int) -> str:
 
 
 def _from_mask(text: str, width: int) -> tuple[int, ...]:
+    num_bytes = (width + 7) // 8
+    if not re.fullmatch("(?:[0-9a-f]{2})*", text) or len(text) != 2 * num_bytes:
+        raise EvlaError(f"mlp_keep: the mask of {width} channels must have {2 * num_bytes} hexadecimal digits.")
     mask = bytes.fromhex(text)
-    if len(mask) != (width + 7) // 8:
-        raise ValueError(f"a channel mask has {len(mask)} bytes, {width} channels need {(width + 7) // 8}")
-    return tuple(channel for channel in range(width) if mask[channel // 8] & 128 >> channel % 8)
+    kept = tuple(channel for channel in range(8 * num_bytes) if mask[channel // 8] & 128 >> channel % 8)
+    if kept and kept[-1] >= width:
+        raise EvlaError(f"mlp_keep: a mask names channel {kept[-1]} of {width}.")
+    return kept

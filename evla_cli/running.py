@@ -21,11 +21,10 @@ from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.pipeline import OnComplete
-from evla_cli.schema import from_mapping, to_mapping
+from evla_cli.schema import SCHEMA_VERSION, check_schema_version, from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
 STATE = "run.json"
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,21 @@ class RunState:
 
     Attributes:
         sha256: of weight files, by their stamps.
+        check: hash of that table. Nothing else would show that an entry is wrong: files are not read to see.
     """
 
     schema_version: int
     stages: dict[str, StageState] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    check: str = ""
+
+    @property
+    def known(self) -> dict[str, str]:
+        """`sha256`, or nothing if it is not as evla wrote it."""
+        return self.sha256 if self.check == _table_sha256(self.sha256) else {}
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+        check_schema_version(self.schema_version)
 
     @classmethod
     def load(cls, path: Path) -> "RunState":
@@ -180,7 +185,7 @@ class _Stages:
             clear_leftovers(dest)
         state = RunState.load(output / STATE)
         self._done = dict(state.stages)
-        known_sha256.update({_from_text(text): sha256 for text, sha256 in state.sha256.items()})
+        known_sha256.update({_from_text(text): sha256 for text, sha256 in state.known.items()})
 
     def check(self, num_bytes: dict[str, int], overwrite: bool) -> None:
         """Errors: an output that no recipe made, too little room for the outputs that are not there yet."""
@@ -213,7 +218,7 @@ class _Stages:
         paths = [*self._source.reader.files, *(path for path in self._output.rglob("*") if path.is_file())]
         hashes = {_to_text(stamp): known_sha256.get(stamp) for stamp in map(file_stamp, paths)}
         known = {text: sha256 for text, sha256 in hashes.items() if sha256 is not None}
-        state = to_mapping(RunState(SCHEMA_VERSION, self._done, known))
+        state = to_mapping(RunState(SCHEMA_VERSION, self._done, known, _table_sha256(known)))
         write_file(self._output / STATE, json.dumps(state, indent=2) + "\n", overwrite=True)
 
 
@@ -242,15 +247,16 @@ def _stamps(output: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _table_sha256(table: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
 def _to_text(stamp: Stamp) -> str:
     return ":".join(map(str, stamp))
 
 
 def _from_text(text: str) -> Stamp:
-    try:
-        size, ctime_ns, inode = map(int, text.split(":"))
-    except ValueError as error:
-        raise EvlaError(f"{STATE}: '{text[:80]}' is not size:time:inode of a file.") from error
+    size, ctime_ns, inode = map(int, text.split(":"))
     return size, ctime_ns, inode
 
 

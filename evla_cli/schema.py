@@ -1,13 +1,27 @@
 """Frozen dataclasses from mappings: unknown keys, missing keys and wrong types are errors that name the key."""
 
 import dataclasses
+import re
 import types
 from collections.abc import Mapping
+from reprlib import repr as short_repr
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from evla_cli.errors import EvlaError, suggest
 
 T = TypeVar("T")
+
+SCHEMA_VERSION = 1  # of every file of evla's own
+
+
+def check_schema_version(found: Any) -> None:
+    if type(found) is not int or found != SCHEMA_VERSION:
+        raise EvlaError(f"schema_version is {short_repr(found)}; this evla reads {SCHEMA_VERSION}.")
+
+
+def check_sha256(name: str, value: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", value):
+        raise EvlaError(f"{name} must be a SHA-256, 64 hexadecimal digits, found {short_repr(value)}.")
 
 
 def from_mapping(cls: type[T], mapping: Any, where: str) -> T:
@@ -22,7 +36,7 @@ def from_mapping(cls: type[T], mapping: Any, where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            raise EvlaError(f"{where}: unknown key '{key}'. {suggest(key, fields)}")
+            raise EvlaError(f"{where}: unknown key {short_repr(key)}. {suggest(key, fields)}")
     missing = [
         name
         for name, field in fields.items()
@@ -68,7 +82,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise EvlaError(f"{where} must be a mapping, found {_described(value)}.")
-        return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+        items = [(_convert(arguments[0], key, where), item) for key, item in value.items()]
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in items}
     if hint is Any:
         return value
     if hint is float and type(value) is int and abs(value) < 2**1000:
@@ -82,4 +97,4 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def _described(value: Any) -> str:
-    return f"{value!r:.60} ({type(value).__name__})"
+    return f"{short_repr(value)} ({type(value).__name__})"

@@ -6,9 +6,7 @@ from typing import Any
 
 from evla_cli.checkpoint.files import read_yaml
 from evla_cli.errors import EvlaError, suggest
-from evla_cli.schema import from_mapping, to_mapping
-
-SCHEMA_VERSION = 1
+from evla_cli.schema import SCHEMA_VERSION, check_schema_version, from_mapping, to_mapping
 
 # What `method` may be, and which of the section's other keys each method obeys; the others must be left alone.
 TOKEN_METHODS = {
@@ -144,8 +142,7 @@ class InferenceSettings:
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+        check_schema_version(self.schema_version)
 
     @classmethod
     def load(cls, path: Path) -> "InferenceSettings":
@@ -248,8 +245,7 @@ class Recipe:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+        check_schema_version(self.schema_version)
         if self.analyze is self.prune is self.export is None:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
 

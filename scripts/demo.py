@@ -8,9 +8,9 @@ import torch
 
 from evla_cli.calibration import load_samples
 from evla_cli.checkpoint.tensors import total_elements
-from evla_cli.evaluation.fidelity import compare_policies
+from evla_cli.evaluation.fidelity import fidelity, predict_samples
 from evla_cli.evaluation.flops import count_flops
-from evla_cli.evaluation.latency import STAGES, measure_latency
+from evla_cli.evaluation.latency import STAGES, WHOLE, Batch, measure_latency
 from evla_cli.evaluation.report import table
 from evla_cli.families import open_checkpoint
 from evla_cli.running import run_recipe
@@ -49,25 +49,26 @@ def comparison(source: Path, bundle: Path, dense: Policy, compressed: Policy, sa
     rows.append(row("weights on disk (MB)", before.reader.bytes_on_disk / 1e6, after.reader.bytes_on_disk / 1e6))
     prompt = len(dense.processor.prompt(samples[0].instruction)[0])
     flops = [count_flops(policy.model, policy.settings, prompt) for policy in (dense, compressed)]
-    for stage in (*STAGES, "total"):
+    for stage in (*STAGES[1:], "total"):
         rows.append(row(f"MFLOPs, {stage.replace('_', ' ')}", *(getattr(f, stage) / 1e6 for f in flops)))
-    latency = measure_latency(
-        {"dense": dense, "compressed": compressed}, samples[0].image, samples[0].instruction, runs
-    )
-    for stage in (*STAGES, "total"):
+    batch = Batch([samples[0].image], [samples[0].instruction])
+    latency = measure_latency({"dense": dense, "compressed": compressed}, batch, runs)
+    for stage in (*STAGES, WHOLE):
         rows.append(
             row(f"ms, {stage.replace('_', ' ')} (median)", *(entry.median(stage) for entry in latency.values()))
         )
     # What the actions differ by anyway: the dense model against itself, denoising from other noise.
-    noise = compare_policies(dense, dense, samples, candidate_seed=1)
-    moved = compare_policies(dense, compressed, samples)
-    for name, attribute, form in (
-        ("action error, mean *", "action_error", "{:.4f}"),
-        ("action error, largest *", "action_error_max", "{:.4f}"),
-        ("gripper commands changed *", "gripper_flips", "{:.2%}"),
-        ("cosine of cognition tokens *", "cognition_cosine", "{:.4f}"),
+    reference = predict_samples(dense, samples)
+    noise = fidelity(reference, predict_samples(dense, samples, seed=1))
+    moved = fidelity(reference, predict_samples(compressed, samples))
+    flips = [0.0 if each.gripper_flips is None else each.gripper_flips.mean() for each in (noise, moved)]
+    for name, before_after, form in (
+        ("action error, mean *", [each.action_error.mean() for each in (noise, moved)], "{:.4f}"),
+        ("action error, largest *", [each.largest_error.max() for each in (noise, moved)], "{:.4f}"),
+        ("gripper commands changed *", flips, "{:.2%}"),
+        ("cosine of cognition tokens *", [each.cognition_cosine.mean() for each in (noise, moved)], "{:.4f}"),
     ):
-        rows.append([name, form.format(getattr(noise, attribute)), form.format(getattr(moved, attribute)), ""])
+        rows.append([name, *map(form.format, before_after), ""])
     return table(["", "before", "after", "after / before"], rows) + (
         f"\n* against the dense model's predictions for {len(samples)} camera frames; actions lie in [-1, 1]."
         "\n  after: from the same noise. before: the dense model itself from other noise, for scale."

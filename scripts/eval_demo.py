@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from evla_cli import pipeline
-from evla_cli.evaluation.latency import STAGES, measure_latency
+from evla_cli.evaluation.latency import STAGES, Batch, measure_latency
 from evla_cli.evaluation.rollout import Candidate, evaluate
 from evla_cli.evaluation.success import wilson_interval
 from evla_cli.evaluation.suites import Suite
@@ -92,7 +92,7 @@ def stage_shares(run: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     policy = policy_from_checkpoint(run, dtype=torch.float32)
     image = np.zeros((112, 112, 3), np.uint8)
-    latency = measure_latency({"dense": policy}, image, "open the drawer", runs=50)["dense"]
+    latency = measure_latency({"dense": policy}, Batch([image], ["open the drawer"]), runs=50)["dense"]
     return {stage: round(latency.median(stage), 2) for stage in STAGES}
 
 

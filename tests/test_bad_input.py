@@ -26,7 +26,7 @@ analyze:
   samples: samples
 prune:
   drop_layers: 2
-  mlp_prune_ratio: 0.25
+  mlp_prune_ratio: 0.5
   mlp_method: magnitude
 export:
   settings:
@@ -190,6 +190,13 @@ V1 = "schema_version: 1\n"
 CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     # Sources
     "no such path": ("inspect nowhere", "nowhere does not exist"),
+    "name on the hub": ("inspect CogACT/CogACT-Base", "first: hf download CogACT/CogACT-Base --local-dir"),
+    "page on the hub": (
+        "inspect https://huggingface.co/a/b",
+        "local directories only. Download it first: hf download a/b",
+    ),
+    "URL": ("inspect https://example.com/a/b.zip", "evla reads local directories only. Download it first."),
+    "hub name for a bundle": ("predict a/b --image samples/0.png --instruction open", "Download it first: hf download"),
     "not a checkpoint": ("inspect recipe.yaml", "not a checkpoint that evla knows"),
     "empty directory": ("inspect d", "not a checkpoint that evla knows", make_directory("d")),
     "unknown family": (
@@ -343,7 +350,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "line that is no JSON": (ANALYZE, "samples.jsonl:1 is not valid JSON", write("samples/samples.jsonl", "{")),
     "text with half a character": (
         ANALYZE,
-        "samples.jsonl:1: field 'instruction' is not valid Unicode",
+        "samples.jsonl:1 is not valid JSON: a text in it is not valid Unicode",
         write("samples/samples.jsonl", '{"image": "0.png", "instruction": "open \\ud800"}'),
     ),
     "missing image": (ANALYZE, "samples.jsonl:2: image samples/1.png does not exist", remove("samples/1.png")),
@@ -386,7 +393,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     ),
     "importance of a later schema": (
         f"{PRUNE} --drop-layers 1",
-        "importance.json: Importance file of schema 2",
+        "importance.json: schema_version is 2; this evla reads 1.",
         edit("importance.json", lambda i: i.update(schema_version=2)),
     ),
     "importance that is a text": (
@@ -416,6 +423,11 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "negative ratio": ("prune run out --mlp-prune-ratio -0.1", "in [0, 1), got -0.1"),
     "NaN ratio": ("prune run out --mlp-prune-ratio nan", "in [0, 1), got nan"),
     "infinite ratio": ("prune run out --mlp-prune-ratio inf", "in [0, 1), got inf"),
+    "ratio that rounds to nothing": (
+        "prune run out --drop-layer-ids 4 --mlp-prune-ratio 0.1",
+        "--mlp-prune-ratio 0.1 removes none of 128 channels",
+    ),
+    "importance for a plan": ("prune run out --plan importance.json", "has no keep_layers: not a prune_plan.yaml"),
     "unknown method": ("prune run out --mlp-prune-ratio 0.5 --mlp-method best", "'best' is not one of"),
     "negative seed": ("prune run out --mlp-prune-ratio 0.5 --seed -1", "is not in the range"),
     # Outputs
@@ -449,6 +461,8 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "steps that are no stride": (f"{EXPORT} --num-denoise-steps 11", "possible: 1, 2, 3"),
     "guidance below 1": (f"{EXPORT} --cfg-scale 0.5", "cfg_scale must be at least 1"),
     "guidance that is NaN": (f"{EXPORT} --cfg-scale nan", "cfg_scale must be at least 1"),
+    "shards of 5 bytes": (f"{EXPORT} --max-shard-size 5", "A size of 5 bytes? Give its unit, such as 5GB"),
+    "budget of 2 bytes": (f"{ANALYZE} --memory-budget 2", "A size of 2 bytes? Give its unit, such as 2GB"),
     "shards of 0 bytes": (f"{EXPORT} --max-shard-size 0", "is not a size such as 500MB"),
     "decoder without a head": ("export llama b", "no action head"),
     "no settings file": (WITH_SETTINGS, "Cannot read settings.yaml"),
@@ -523,6 +537,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     # Predicting
     "no bundle": ("predict run --image samples/0.png --instruction open", "is not a bundle (no manifest.json)"),
     "no image": ("predict bundle --image nothing.png --instruction open", "nothing.png does not exist"),
+    "directory for an image": ("predict bundle --image samples --instruction open", "samples is not a file"),
     "image that is none": (
         "predict bundle --image samples/samples.jsonl --instruction open",
         "not an image in a format",
@@ -533,7 +548,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "manifest with a path outside": (
         PREDICT,
         "'../a' is not a path inside bundle",
-        edit("bundle/manifest.json", lambda m: m["files"].update({"../a": {"bytes": 1, "sha256": ""}})),
+        edit("bundle/manifest.json", lambda m: m["files"].update({"../a": {"bytes": 1, "sha256": "0" * 64}})),
     ),
     "edited settings": (
         PREDICT,
@@ -557,7 +572,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "recipe without version": (RUN, "missing key 'schema_version'", replace("recipe.yaml", "schema_version: 1\n", "")),
     "misspelt stage": (RUN, "Did you mean 'analyze'?", replace("recipe.yaml", "analyze", "analyse")),
     "misspelt option": (RUN, "prune: unknown key 'drop_layer'", replace("recipe.yaml", "drop_layers", "drop_layer")),
-    "recipe with a ratio of 1": (RUN, "in [0, 1), got 1.5", replace("recipe.yaml", "0.25", "1.5")),
+    "recipe with a ratio of 1": (RUN, "in [0, 1), got 1.5", replace("recipe.yaml", "0.5", "1.5")),
     "recipe with an unknown method": (
         RUN,
         "Did you mean 'magnitude'?",
@@ -709,6 +724,7 @@ def test_verify_names_a_weight_that_is_not_finite(material):
 
 def test_verify_without_a_bundle_is_bad_usage(material):
     refuse(material, "verify run", "is not a bundle")
+    refuse(material, "verify nowhere", "nowhere does not exist")
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,9 @@ class TestShards:
         tensors = lazy({"small": torch.ones(2), "large": torch.ones(100), "last": torch.ones(2)})
         assert [list(shard) for shard in split_into_shards(tensors, 16)] == [["small"], ["large"], ["last"]]
 
-    @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("500mb", 5 * 10**8), ("7", 7)])
+    @pytest.mark.parametrize(
+        ("text", "size"), [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("500mb", 5 * 10**8), ("700000", 700_000)]
+    )
     def test_sizes(self, text, size):
         assert parse_size(text) == size
 

@@ -21,7 +21,7 @@ import evla_cli
 from evla_cli.checkpoint import output_file
 from evla_cli.cli.main import cli
 
-COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "eval")
+COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench", "compare", "eval")
 
 
 def evla(*arguments: Any) -> str:
@@ -94,7 +94,7 @@ def test_inspect_cogact(cogact_run):
     facts = evla_json("inspect", cogact_run)
     assert (facts["family"], facts["layout"]) == ("cogact", "native")
     assert facts["decoder"] == {"layers": 6, "hidden_size": 64, "intermediate_size": 128}
-    assert facts["commands"] == ["analyze", "prune", "export"]
+    assert facts["commands"] == ["analyze", "prune", "export", "bench", "compare"]
     assert facts["visual_tokens"] == 16
     assert sum(part["parameters"] for part in facts["parts"].values()) >= facts["parameters"]
     assert facts["bytes_on_disk"] == (cogact_run / "checkpoints/pico.pt").stat().st_size
@@ -113,7 +113,7 @@ def test_inspect_decoder(decoders):
 def test_inspect_bundle(bundle):
     facts = evla_json("inspect", bundle)
     assert (facts["layout"], facts["datasets"]) == ("bundle", ["kitchen"])
-    assert facts["commands"] == ["analyze", "prune", "export", "verify", "predict"]
+    assert facts["commands"] == ["analyze", "prune", "export", "verify", "predict", "bench", "compare"]
 
 
 # analyze
@@ -223,7 +223,7 @@ def test_a_plan_can_be_followed_again(pruned, cogact_run, tmp_path):
 def test_a_plan_of_another_checkpoint_is_refused(pruned, cogact_run, tmp_path):
     text = (pruned / "prune_plan.yaml").read_text()
     sha256 = yaml.safe_load(text)["checkpoint_sha256"]
-    (tmp_path / "plan.yaml").write_text(text.replace(sha256, "0" * 64))
+    (tmp_path / "plan.yaml").write_text(text.replace(sha256, "f" * 64))
     assert "another checkpoint" in evla_error("prune", cogact_run, tmp_path / "a", "--plan", tmp_path / "plan.yaml")
     assert "num_layers is 6" in evla_error("prune", pruned, tmp_path / "a", "--plan", pruned / "prune_plan.yaml")
     options = ("--plan", pruned / "prune_plan.yaml", "--drop-layers", 1)

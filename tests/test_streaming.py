@@ -35,7 +35,7 @@ from evla_cli.models.upload import Upload
 @pytest.fixture
 def no_half_units(monkeypatch):
     """As on a processor that cannot multiply in half precision."""
-    monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: False)
+    monkeypatch.setattr(tiled_linear, "multiplies_natively", lambda dtype: False)
 
 
 class TestFinite:
@@ -90,7 +90,7 @@ class TestTiledLinear:
         assert linear(values[0]).shape == (8,)
 
     def test_only_where_it_is_needed(self, monkeypatch):
-        monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: dtype == torch.bfloat16)
+        monkeypatch.setattr(tiled_linear, "multiplies_natively", lambda dtype: dtype == torch.bfloat16)
         cases = {
             (torch.float32, torch.float32, "cpu"): False,
             (torch.bfloat16, torch.bfloat16, "cpu"): False,
@@ -124,7 +124,7 @@ class TestDecoderStream:
     def test_float32_on_a_half_checkpoint_equals_float32_weights(
         self, cogact_run, tmp_path, image_samples, native, monkeypatch
     ):
-        monkeypatch.setattr(tiled_linear, "_multiplies_natively", lambda dtype: native)
+        monkeypatch.setattr(tiled_linear, "multiplies_natively", lambda dtype: native)
         half = cast_run(cogact_run, tmp_path / "half", torch.bfloat16)
         found = pipeline.analyze(half, image_samples)
         expected = pipeline.analyze(cast_run(half, tmp_path / "wide", torch.float32), image_samples)
@@ -138,7 +138,7 @@ class TestDecoderStream:
         for ours, theirs in zip(found.layers, expected.layers, strict=True):
             assert ours.importance == pytest.approx(theirs.importance, abs=5e-3)
 
-    @pytest.mark.parametrize("budget", ["1", "20KB", "1GB"])
+    @pytest.mark.parametrize("budget", ["0.001KB", "20KB", "1GB"])
     def test_a_memory_budget_changes_nothing(self, cogact_run, image_samples, budget, monkeypatch):
         monkeypatch.setattr(scratch, "_REGION_BYTES", 2**16)
         expected = pipeline.analyze(cogact_run, image_samples, batch_size=2)
@@ -313,20 +313,30 @@ class TestReadAhead:
             ReadAheadHash([tmp_path / "none"])
 
 
+@pytest.fixture
+def direct(tmp_path):
+    """Skips where the file system cannot bypass its cache."""
+    descriptor = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    finally:
+        os.close(descriptor)
+
+
 class TestOutputFile:
     @pytest.mark.parametrize("cached", [False, True])
     @pytest.mark.parametrize("sizes", [[], [1], [8192], [3, 0, 4096, 5000], [4096, 20_000, 1], [12_288 * 20]])
     def test_holds_what_was_written(self, sizes, cached, tmp_path, monkeypatch):
         monkeypatch.setattr(output_file, "_BUFFER_BYTES", 12_288)
-        if cached:
-            monkeypatch.setattr(output_file, "_DIRECT", 0)
         parts = [np.random.default_rng(size).bytes(size) for size in sizes]
-        file = write_all(tmp_path / "f", parts)
+        file = write_all(tmp_path / "f", parts, cached)
         assert file.position == sum(sizes)
         assert (tmp_path / "f").read_bytes() == b"".join(parts)
         assert file.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
 
-    def test_on_a_file_system_that_refuses_direct_writes_after_all(self, tmp_path, monkeypatch):
+    def test_on_a_file_system_that_refuses_direct_writes_after_all(self, direct, tmp_path, monkeypatch):
         write, refused = os.write, []
 
         def picky(descriptor: int, data: memoryview) -> int:
@@ -366,6 +376,27 @@ class TestOutputFile:
             write_all(tmp_path / "f", [bytes(4096)] * num_writes)
         assert threading.active_count() < 50
 
+    def test_an_error_of_what_the_cache_holds_is_raised(self, tmp_path, monkeypatch):
+        def broken(*_):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(output_file.os, "fdatasync", broken)
+        monkeypatch.setattr(output_file, "_SYNC_BYTES", 1)
+        with pytest.raises(OSError, match="Input/output"):
+            write_all(tmp_path / "f", [b"abc"], cached=True)
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_only_what_is_read_next_is_cached(self, cached, direct, tmp_path, monkeypatch):
+        write, flags = os.write, []
+
+        def noted(descriptor: int, data: memoryview) -> int:
+            flags.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT))
+            return write(descriptor, data)
+
+        monkeypatch.setattr(output_file.os, "write", noted)
+        write_all(tmp_path / "f", [bytes(2**20)], cached)
+        assert flags == [not cached]
+
     def test_an_error_of_the_caller_is_not_hidden_by_one_of_the_disk(self, tmp_path, monkeypatch):
         monkeypatch.setattr(output_file.os, "write", lambda *_: 1 / 0)
 
@@ -377,8 +408,8 @@ class TestOutputFile:
             write_all(tmp_path / "f", parts())
 
 
-def write_all(path: Path, parts: Iterable[bytes]) -> OutputFile:
-    with OutputFile(path) as file:
+def write_all(path: Path, parts: Iterable[bytes], cached: bool = False) -> OutputFile:
+    with OutputFile(path, cached) as file:
         for part in parts:
             file.write(part)
     return file

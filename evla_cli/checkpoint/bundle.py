@@ -1,32 +1,60 @@
 """The layout of an exported bundle, and the manifest of what evla writes: every file with size and SHA-256."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from evla_cli import __version__
-from evla_cli.checkpoint.files import file_stamp, inside, known_sha256, read_json, sha256_file, write_json
+from evla_cli.checkpoint.files import check_exists, file_stamp, inside, known_sha256, read_json, sha256_file, write_json
 from evla_cli.checkpoint.read_ahead import ReadAheadHash
 from evla_cli.errors import EvlaError
+from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, from_mapping
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SETTINGS = "inference.yaml"
 REQUIRED = ("config.json", SETTINGS, "tokenizer.json", "dataset_statistics.json", "README.md")
 
 
 @dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_sha256("sha256", self.sha256)
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """`manifest.json`. Where the content comes from is for people and for `evla verify --against`."""
+
+    schema_version: int
+    files: dict[str, FileEntry]
+    evla_version: str = ""
+    libraries: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_schema_version(self.schema_version)
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A directory that export or prune wrote, whose manifest has been read."""
+    """A directory that export or prune wrote, whose manifest has been read.
+
+    Attributes:
+        unpruned_sha256: hash of the checkpoint that was exported as it was; None if it was pruned before.
+    """
 
     root: Path
-    manifest: dict[str, Any]
-
-    @property
-    def files(self) -> dict[str, dict[str, Any]]:
-        return self.manifest["files"]
+    files: dict[str, FileEntry]
+    unpruned_sha256: str | None
 
 
 def library_versions() -> dict[str, str]:
@@ -59,28 +87,23 @@ def open_bundle(root: Path) -> Bundle:
 
 def open_manifest(root: Path) -> Bundle:
     """Read the manifest and check, cheaply, that every file is there with its size."""
-    if not (root / MANIFEST).is_file():
-        raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
-    manifest = read_json(root / MANIFEST)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise EvlaError(
-            f"{root / MANIFEST} has schema {manifest.get('schema_version')}; this evla reads {SCHEMA_VERSION}."
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
-        for entry in files.values()
-    ):
-        raise EvlaError(f"{root / MANIFEST} does not list its files with bytes and sha256.")
+    check_is_bundle(root)
+    manifest = from_mapping(_Manifest, read_json(root / MANIFEST), str(root / MANIFEST))
+    files = manifest.files
     for name, entry in files.items():
         path = inside(root, name, str(root / MANIFEST))
         if not path.is_file():
             raise EvlaError(f"{root} lacks {name}, which its manifest lists; copy it again.")
-        if path.stat().st_size != entry["bytes"]:
-            raise EvlaError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; copy it again."
-            )
-    return Bundle(root, manifest)
+        if path.stat().st_size != entry.bytes:
+            raise EvlaError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; copy it again.")
+    source = manifest.source if manifest.plan is None else None
+    return Bundle(root, files, (source or {}).get("checkpoint_sha256"))
+
+
+def check_is_bundle(root: Path) -> None:
+    check_exists(root)
+    if not (root / MANIFEST).is_file():
+        raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
 
 
 def start_hashing(bundle: Bundle) -> ReadAheadHash:
@@ -94,4 +117,4 @@ def differing_files(bundle: Bundle, hashing: ReadAheadHash | None = None) -> lis
         digests = (hashing or start_hashing(bundle)).digests()
     except OSError as error:
         raise EvlaError(f"Cannot read {bundle.root}: {error.strerror}.") from error
-    return [name for name, entry in bundle.files.items() if digests[bundle.root / name] != entry["sha256"]]
+    return [name for name, entry in bundle.files.items() if digests[bundle.root / name] != entry.sha256]

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +15,13 @@ import yaml
 from evla_cli.errors import EvlaError
 
 _CHUNK = 2**22  # bytes
+_MAX_JSON_BYTES = 100_000_000  # the index of a trillion parameters has some ten million
+_MAX_YAML_BYTES = 4_000_000  # the plan of a 70 B model has half a million; PyYAML reads a million in some ten seconds
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(read_text(path))
+        value = parse_json(read_text(path, _MAX_JSON_BYTES))
     except ValueError as error:
         raise EvlaError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -47,7 +51,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.load(read_text(path), _StrictLoader)
+        value = yaml.load(read_text(path, _MAX_YAML_BYTES), _StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EvlaError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if value is None:
@@ -58,7 +62,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping; YAML's own loader silently takes the last."""
+    """YAML with one meaning: plain scalars, lists and mappings.
+
+    Refused: a key that stands twice, of which YAML's own loader silently takes the last; aliases, with which a short
+    text is a structure without end; tags, `<<`, dates, `.nan` and `.inf`; and the numbers of YAML 1.1 that nobody else
+    reads so (010 is 8, 1:30 is 90).
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "aliases and tags are not read", event.start_mark)
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and not _is_plain(node):
+            problem = "write a number in decimal digits, a text that could be something else in quotes"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -67,9 +86,38 @@ class _StrictLoader(yaml.SafeLoader):
         return mapping
 
 
-def read_text(path: Path) -> str:
+def _is_plain(node: yaml.ScalarNode) -> bool:
+    kind = node.tag.rpartition(":")[2]
+    if kind in ("int", "float"):
+        return re.fullmatch(_DECIMAL, node.value) is not None and math.isfinite(float(node.value))
+    return kind in ("str", "bool", "null")
+
+
+_DECIMAL = r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*([eE][-+][0-9]+)?)?"
+
+
+def check_exists(path: Path) -> None:
+    """Of a checkpoint or a bundle, which may have been named as other tools name it."""
+    if os.path.exists(path):
+        return
+    name = path.as_posix()  # of a URL, with a single slash after its colon
+    hub = re.fullmatch(r"(https:/huggingface\.co/)?([\w-][\w.-]*/[\w.-]+)", name)
+    if hub and (hub[1] or not path.parent.exists()):
+        hint = f"hf download {hub[2]} --local-dir DIRECTORY"
+        raise EvlaError(f"{name} does not exist: evla reads local directories only. Download it first: {hint}.")
+    if re.match("[a-z0-9]{2,}:/", name):
+        raise EvlaError(f"{name} does not exist: evla reads local directories only. Download it first.")
+    raise EvlaError(f"{path} does not exist.")
+
+
+def read_text(path: Path, max_bytes: int | None = None) -> str:
+    """A UTF-8 text file. Errors: it has more than `max_bytes`."""
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(-1 if max_bytes is None else max_bytes + 1)
+        if max_bytes is not None and len(data) > max_bytes:
+            raise EvlaError(f"{path} has more than {max_bytes:,} bytes; that is no file of this kind.")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise EvlaError(f"{path} is not a UTF-8 text file.") from error
     except OSError as error:
@@ -141,6 +189,11 @@ def inside(directory: Path, name: Any, where: str) -> Path:
     parts = Path(str(name)).parts
     if not isinstance(name, str) or not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise EvlaError(f"{where}: '{name}' is not a path inside {directory}.")
-    if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts):
-        raise EvlaError(f"{where}: '{name[:40]}...' is longer than a file name can be.")
-    return directory / name
+    path = directory / name
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the caller knows what it misses
+    except (OSError, ValueError) as error:  # too long, forbidden, links in a circle, no text of this system
+        raise EvlaError(f"{where}: '{name:.40}' cannot be used: {getattr(error, 'strerror', error)}.") from error
+    return path

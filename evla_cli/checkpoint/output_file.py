@@ -17,6 +17,7 @@ import numpy as np
 
 _BUFFER_BYTES = 8 * 2**20
 _NUM_BUFFERS = 4
+_SYNC_BYTES = 256 * 2**20  # written between two requests to the system to put it on the disk
 _BLOCK = 4096  # of the disk: what bypasses the page cache is a multiple of it, in place, size and address
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
@@ -27,10 +28,17 @@ class OutputFile:
     What is written is gathered in a few buffers, used in turn. One thread hashes each, another writes it straight to
     the disk (O_DIRECT, where the file system has it): a cached copy of gigabytes that nobody is about to read costs
     more processor time than all the rest, and pushes out of the page cache what is still to be read.
+
+    Args:
+        cached: write through the page cache, for a file that is read next.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, cached: bool = False):
         self._descriptor = _create(path)
+        if cached:
+            _use_cache(self._descriptor)
+        self._syncing = _Worker(lambda _: os.fdatasync(self._descriptor), done=lambda _: None)
+        self._unsynced = 0
         self._digest = hashlib.sha256()
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         self._num_buffers = 0
@@ -68,6 +76,7 @@ class OutputFile:
                 self._flush()
             self._hashing.close()
             self._writing.close()
+            self._syncing.close()
             if error is None:
                 self._raise_error()
                 os.fsync(self._descriptor)
@@ -87,7 +96,7 @@ class OutputFile:
         self._buffer, self._filled = None, 0
 
     def _raise_error(self) -> None:
-        error = self._writing.error or self._hashing.error
+        error = self._writing.error or self._hashing.error or self._syncing.error
         if error is not None:
             raise error
 
@@ -102,6 +111,11 @@ class OutputFile:
         if whole < count:  # the end of the file
             _use_cache(self._descriptor)
             self._write_all(memoryview(buffer)[whole:count])
+        # In the background, so that closing the file need not wait for all that the cache holds.
+        self._unsynced += count
+        if self._unsynced >= _SYNC_BYTES:
+            self._syncing.put(None)
+            self._unsynced = 0
 
     def _write_all(self, data: memoryview) -> None:
         while len(data):

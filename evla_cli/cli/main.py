@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from evla_cli import __version__
-from evla_cli.cli import analyze, export, inspect, predict, prune, run, verify
+from evla_cli.cli import analyze, bench, compare, export, inspect, predict, prune, run, verify
 from evla_cli.cli import eval as eval_
 from evla_cli.cli.stopping import stoppable
-from evla_cli.errors import EvlaError
+from evla_cli.errors import EvlaError, one_line
 
 
 class Group(click.Group):
@@ -23,7 +23,7 @@ class Group(click.Group):
             with stoppable():
                 return super().invoke(ctx)
         except EvlaError as error:
-            click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
+            click.echo(f"Error: {one_line(error)}", err=True)
             sys.exit(error.exit_code)
         except click.exceptions.NoArgsIsHelpError:
             raise
@@ -46,9 +46,11 @@ def cli() -> None:
     evla run      RECIPE.yaml                    all three, resumable
     evla verify   BUNDLE                         is it whole, and does it fit its settings?
     evla predict  BUNDLE ...                     one action chunk
+    evla bench    A B ...                        how fast and how large they are
+    evla compare  A B --samples DATA             how far B's actions lie from A's, and why
     evla eval     A B ... --suite SUITE          how often they succeed in closed loop
     """
 
 
-for module in (inspect, analyze, prune, export, run, verify, predict, eval_):
+for module in (inspect, analyze, prune, export, run, verify, predict, bench, compare, eval_):
     cli.add_command(module.command)

@@ -15,9 +15,10 @@ class PathOption(click.Path):
         try:
             path = Path(os.fsdecode(super().convert(value, param, ctx)))
             os.lstat(path)
+            str(path).encode()  # what is no text can be neither printed nor given to the tokenizers library
         except (FileNotFoundError, NotADirectoryError):
             pass  # each command says itself what it misses
-        except (OSError, ValueError) as error:  # too long, forbidden, a null byte
+        except (OSError, ValueError) as error:  # too long, forbidden, a null byte, no UTF-8
             self.fail(
                 f"'{str(value)[:80]}' is not a path that can be used: {getattr(error, 'strerror', None) or error}."
             )

@@ -1,64 +1,131 @@
-"""How far two policies' predictions lie apart on the same samples with the same noise."""
+"""How far two policies' predictions lie apart on the same samples with the same noise.
+
+Letters used here: N samples, H action horizon, A action dim, D language-model width.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from evla_cli.calibration import Sample
+from evla_cli.evaluation.intervals import mean_estimate
+from evla_cli.models.processing import GRIPPER, unnormalize_actions
 from evla_cli.runtime.policy import Policy
+
+_POSITION = slice(0, 3)  # the first action dimensions move the hand by so much: x, y, z
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """All float64: cognition tokens (N, D), normalised actions and actions in the robot's units (N, H, A)."""
+
+    cognition: np.ndarray
+    normalized: np.ndarray
+    actions: np.ndarray
+
+
+def predict_samples(
+    policy: Policy,
+    samples: Sequence[Sample],
+    *,
+    unnorm_key: str | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Predictions:
+    cognition = cognition_tokens(policy, samples, batch_size)
+    return predict_from(policy, cognition, unnorm_key=unnorm_key, batch_size=batch_size, seed=seed)
+
+
+@torch.inference_mode()
+def cognition_tokens(policy: Policy, samples: Sequence[Sample], batch_size: int = 8) -> Tensor:
+    """(N, 1, D). The samples are one episode: under `vla_cache`, give consecutive frames and a `batch_size` of 1."""
+    policy.reset()
+    tokens = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        inputs = policy.prepare([sample.image for sample in batch], [sample.instruction for sample in batch])
+        tokens.append(policy.think(inputs, policy.see(inputs))[0])
+    return torch.cat(tokens)
+
+
+@torch.inference_mode()
+def predict_from(
+    policy: Policy, cognition: Tensor, *, unnorm_key: str | None = None, batch_size: int = 8, seed: int = 0
+) -> Predictions:
+    """What follows from cognition tokens (N, 1, D).
+
+    `seed` alone decides the noise: another policy with chunks of the same size is given the same.
+    """
+    stats = policy.action_stats(unnorm_key)
+    generator = torch.Generator().manual_seed(seed)
+    noise = policy.draw_noise(len(cognition), generator)
+    chunks = [
+        policy.act(cognition[start : start + batch_size], noise[start : start + batch_size], generator)
+        for start in range(0, len(cognition), batch_size)
+    ]
+    actions, normalized = unnormalize_actions(torch.cat(chunks).float().cpu().numpy(), stats)
+    return Predictions(cognition[:, 0].double().cpu().numpy(), normalized, actions)
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """
+    """One row a sample in every array.
+
     Attributes:
-        cognition_cosine: mean over samples of the cosine of the two cognition tokens.
-        action_error: mean absolute difference of normalised actions, gripper excluded (their range is [-1, 1]).
-        action_error_max: the largest such difference.
-        gripper_flips: share of time steps whose gripper command differs.
+        cognition_cosine: (N,), cosine of the two cognition tokens.
+        normalized_error: (N, A), absolute difference of normalised actions (their range: [-1, 1]), mean over the chunk.
+        physical_error: (N, A), the same in the robot's units.
+        largest_error: (N,), the largest normalised difference in the chunk, gripper excluded.
+        gripper_flips: (N,), share of the chunk's steps whose gripper command differs; None without a gripper.
+        position_deviation: (N, H), distance of the positions that the actions so far add up to, in the robot's units.
     """
 
-    cognition_cosine: float
-    action_error: float
-    action_error_max: float
-    gripper_flips: float
+    cognition_cosine: np.ndarray
+    normalized_error: np.ndarray
+    physical_error: np.ndarray
+    largest_error: np.ndarray
+    gripper_flips: np.ndarray | None
+    position_deviation: np.ndarray
+
+    @property
+    def action_error(self) -> np.ndarray:
+        """(N,), mean normalised error, gripper excluded."""
+        return np.delete(self.normalized_error, _gripper(self.normalized_error), axis=1).mean(axis=1)
+
+    def to_record(self, seed: int = 0) -> dict[str, Any]:
+        """Means over samples with their intervals."""
+        values = {
+            "cognition_cosine": self.cognition_cosine,
+            "action_error": self.action_error,
+            "normalized_error": self.normalized_error,
+            "physical_error": self.physical_error,
+            "gripper_flips": self.gripper_flips,
+            "position_deviation": self.position_deviation,
+        }
+        record: dict[str, Any] = {
+            name: None if value is None else mean_estimate(value, seed).to_record() for name, value in values.items()
+        }
+        return record | {"largest_action_error": float(self.largest_error.max())}
 
 
-def compare_policies(
-    reference: Policy,
-    candidate: Policy,
-    samples: Sequence[Sample],
-    batch_size: int = 8,
-    seed: int = 0,
-    candidate_seed: int | None = None,
-) -> Fidelity:
-    """Both start denoising from the same noise, unless `candidate_seed` gives the candidate another stream.
-
-    The samples are one episode: under `vla_cache`, give consecutive frames and a `batch_size` of 1.
-    """
-    for policy in (reference, candidate):
-        policy.reset()
-    generators = [torch.Generator().manual_seed(s) for s in (seed, seed if candidate_seed is None else candidate_seed)]
-    key = sorted(reference.model.config.norm_stats)[0]  # normalised actions do not depend on it
-    cosines, differences, flips = [], [], []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        images, instructions = [sample.image for sample in batch], [sample.instruction for sample in batch]
-        ours, theirs = (
-            policy.predict(images, instructions, unnorm_key=key, noise=policy.draw_noise(len(batch), generator))
-            for policy, generator in zip((reference, candidate), generators, strict=True)
-        )
-        cosines.append(F.cosine_similarity(ours.cognition.float(), theirs.cognition.float(), dim=-1).flatten())
-        difference = np.abs(ours.normalized_actions - theirs.normalized_actions)
-        differences.append(difference[..., :6])
-        flips.append(difference[..., 6:7])
-    error = np.concatenate(differences)
+def fidelity(reference: Predictions, candidate: Predictions) -> Fidelity:
+    normalized = np.abs(reference.normalized - candidate.normalized)
+    gripper = _gripper(normalized)
+    path = (candidate.actions - reference.actions)[..., _POSITION].cumsum(axis=1)  # (N, H, 3)
+    norms = np.linalg.norm(reference.cognition, axis=1) * np.linalg.norm(candidate.cognition, axis=1)
     return Fidelity(
-        cognition_cosine=float(torch.cat(cosines).mean()),
-        action_error=float(error.mean()),
-        action_error_max=float(error.max()),
-        gripper_flips=float(np.concatenate(flips).mean()) if flips[0].size else 0.0,
+        cognition_cosine=(reference.cognition * candidate.cognition).sum(axis=1) / norms,
+        normalized_error=normalized.mean(axis=1),
+        physical_error=np.abs(reference.actions - candidate.actions).mean(axis=1),
+        largest_error=np.delete(normalized, gripper, axis=2).max(axis=(1, 2)),
+        gripper_flips=(normalized[..., GRIPPER] > 0).mean(axis=1) if gripper else None,
+        position_deviation=np.linalg.norm(path, axis=2),
     )
+
+
+def _gripper(values: np.ndarray) -> list[int]:
+    return [GRIPPER] if values.shape[-1] > GRIPPER else []

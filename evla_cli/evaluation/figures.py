@@ -1,4 +1,4 @@
-"""Figures 1b and 1c of EfficientVLA (arXiv 2506.10100) for any checkpoint: what its layers and denoising steps do."""
+"""Pictures: figures 1b and 1c of EfficientVLA (arXiv 2506.10100) for any checkpoint, and where its time goes."""
 
 import os
 from importlib.util import find_spec
@@ -14,8 +14,7 @@ FIGURES = ("layer_importance.png", "layer_similarity.png", "denoise_similarity.p
 
 def check_figures(directory: Path, overwrite: bool) -> None:
     """Refuse a folder for figures before any work is done for them."""
-    if find_spec("matplotlib") is None:
-        raise EvlaError("Drawing needs matplotlib: pip install 'evla[figures]'.")
+    _check_matplotlib()
     if not directory.parent.is_dir():
         raise EvlaError(f"{directory.parent} does not exist or is not a directory; create it first.")
     if os.path.lexists(directory) and not directory.is_dir():
@@ -23,6 +22,17 @@ def check_figures(directory: Path, overwrite: bool) -> None:
     for name in FIGURES:
         if directory.is_dir():
             check_output_file(directory / name, overwrite)
+
+
+def check_figure(path: Path, overwrite: bool) -> None:
+    """The same for a single picture."""
+    _check_matplotlib()
+    check_output_file(path, overwrite)
+
+
+def _check_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise EvlaError("Drawing needs matplotlib: pip install 'evla[figures]'.")
 
 
 def draw_importance(result: LayerImportance, directory: Path) -> list[Path]:
@@ -37,7 +47,48 @@ def draw_importance(result: LayerImportance, directory: Path) -> list[Path]:
     return paths
 
 
-_BLUE, _ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers (Okabe and Ito)
+def draw_latency(record: dict[str, Any], path: Path) -> None:
+    """Stacked bars, one a row of `evla bench`: the median of every stage."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = record["rows"]
+    stages = [stage for stage in rows[0]["latency_ms"] if stage in _STAGE_COLOURS]
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.55 * len(rows)), layout="constrained")
+    left = [0.0] * len(rows)
+    for stage in stages:
+        widths = [row["latency_ms"][stage]["median"] for row in rows]
+        name = stage.replace("_", " ")
+        axes.barh(range(len(rows)), widths, left=left, height=0.6, color=_STAGE_COLOURS[stage], label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for number, row in enumerate(rows):
+        whole = row["latency_ms"]["whole"]["median"]
+        ratio = row["speedup"].get(record["references"][0], {}).get("whole", {}).get("value")
+        text = f" {whole:,.1f} ms" + (f" ({ratio:.2f} x)" if ratio is not None else "")
+        axes.text(left[number], number, text, va="center")
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(left))
+    axes.set_xlabel(
+        f"milliseconds a prediction, batch {record['protocol']['batch_size']}; (x): times as fast as the first"
+    )
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(stages), frameon=False)
+    _save(figure, path)
+
+
+# Told apart by colour-blind readers (Okabe and Ito).
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+_STAGE_COLOURS = {
+    "preprocessing": "#999999",
+    "vision": "#E69F00",
+    "projector": "#56B4E9",
+    "language_model": _BLUE,
+    "action_head": _ORANGE,
+}
 
 
 def _importance_bars(result: LayerImportance, directory: Path) -> Path:

@@ -1,14 +1,17 @@
 """Floating-point operations of one prediction, from a model on the meta device and its inference settings.
 
-Two conventions, always named:
+Conventions, always named:
 - "paper" (EfficientVLA, arXiv 2506.10100): two operations a weight of every linear layer a token it sees; attention
   products are not counted, the last block of each vision tower is, and there are 32 prompt tokens and no lm_head. It
   reproduces the paper's totals for CogACT-Base to 0.1 % and its percentages to 0.5 points.
-- "full": what the runtime executes: attention products are counted, unused blocks are not.
+- "full": what the runtime executes: attention products are counted, unused blocks are not, and what does not change
+  from one denoising step to the next is computed once.
+- "stock": the same for `evla_cli.evaluation.stock`: every block of both towers, SigLIP's pooling, and lm_head over all
+  positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -23,13 +26,17 @@ PAPER_PROMPT_TOKENS = 32  # BOS and prompt; with 256 visual tokens the paper's 2
 class Flops:
     """Operations of one prediction of a single sample, by stage."""
 
-    vision: float  # towers and projector
+    vision: float
+    projector: float
     language_model: float
     action_head: float
 
     @property
     def total(self) -> float:
-        return self.vision + self.language_model + self.action_head
+        return self.vision + self.projector + self.language_model + self.action_head
+
+    def to_record(self) -> dict[str, float]:
+        return asdict(self) | {"total": self.total}
 
 
 def count_flops(
@@ -46,28 +53,39 @@ def count_flops(
         reused: under `vla_cache`, the visual tokens that each layer took over from the frame before, as measured
             (`TokenReuse.reused`); without it, the cost of an episode's first frame.
     """
-    full = convention == "full"
+    full, stock = convention != "paper", convention == "stock"
+    language_model = _language_model(model, settings.visual_tokens, num_prompt_tokens, reused, full)
+    if stock:
+        length = num_prompt_tokens + model.config.num_visual_tokens
+        language_model += _linear(model.language_model.lm_head) * length
     return Flops(
-        _vision(model, full),
-        _language_model(model, settings.visual_tokens, num_prompt_tokens, reused, full),
-        _head(model, settings, full),
+        _vision(model, full, skip_last=full and not stock) + (_pooling(model) if stock else 0),
+        _linear(model.projector) * model.config.num_visual_tokens,
+        language_model,
+        _head(model, settings, full, embed_once=full and not stock),
     )
 
 
-def _vision(model: Any, full: bool) -> float:
+def _vision(model: Any, full: bool, skip_last: bool) -> float:
     config, visual = model.config, model.config.num_visual_tokens
     dino_blocks, siglip_blocks = list(model.dino.encoder.layer), list(model.siglip.encoder.layers)
     dino_tokens = 1 + config.dino_config.num_register_tokens + visual
-    if full:
+    if skip_last:
         dino_blocks, siglip_blocks = dino_blocks[:-1], siglip_blocks[:-1]
     dino = sum(_linear(block) for block in dino_blocks) * dino_tokens
     siglip = sum(_linear(block) for block in siglip_blocks) * visual
     patches = _linear(model.dino.embeddings) + _linear(model.siglip.embeddings)
-    operations = dino + siglip + (patches + _linear(model.projector)) * visual
+    operations = dino + siglip + patches * visual
     if full:
         operations += len(dino_blocks) * _attention(dino_tokens, dino_tokens, config.dino_config.hidden_size)
         operations += len(siglip_blocks) * _attention(visual, visual, config.siglip_config.hidden_size)
     return operations
+
+
+def _pooling(model: Any) -> float:
+    """SigLIP's attention pooling: one query over all patches, then an MLP. Its input projections are one parameter."""
+    head, visual, width = model.siglip.head, model.config.num_visual_tokens, model.config.siglip_config.hidden_size
+    return _linear(head) + 2.0 * width * width * (1 + 2 * visual) + 4.0 * visual * width
 
 
 def _language_model(
@@ -83,17 +101,15 @@ def _language_model(
         if full:
             width = layer.self_attn.q_proj.out_features
             operations += _attention(computed, length, width)
-            # Scores: one more query projection and product, and where the tokens leave one more key projection.
+            # Scores: the prompt's queries and their products with the layer's own keys, once more.
             leaves = kept < visual and index == tokens.prune_layer - 1 and tokens.method != "random"
             if leaves or tokens.method == "vla_cache":
                 rows = num_prompt_tokens - 1
                 operations += 2 * layer.self_attn.q_proj.weight.numel() * rows + 2 * rows * length * width
-            if leaves:
-                operations += 2 * layer.self_attn.k_proj.weight.numel() * length
     return operations
 
 
-def _head(model: Any, settings: InferenceSettings, full: bool) -> float:
+def _head(model: Any, settings: InferenceSettings, full: bool, embed_once: bool) -> float:
     head, config, diffusion = model.action_head, model.config.action_config, settings.diffusion
     steps = config.num_train_steps if diffusion.sampler == "ddpm" else diffusion.num_denoise_steps
     rows = 2 if diffusion.cfg_scale > 1 else 1
@@ -108,8 +124,9 @@ def _head(model: Any, settings: InferenceSettings, full: bool) -> float:
         for kind, cost in (("attention", attention), ("mlp", mlp)):
             operations += cost * (computed if reuses and kind in cache.modules else steps)
     once_a_step = _linear(head.x_embedder) * config.action_horizon + _linear(head.final_layer) * tokens
-    once_a_step += _linear(head.t_embedder) + _linear(head.z_embedder)
-    return rows * (operations + steps * once_a_step)
+    once_a_step += _linear(head.t_embedder)
+    condition = _linear(head.z_embedder) * (1 if embed_once else steps)
+    return rows * (operations + steps * once_a_step + condition)
 
 
 def _linear(module: nn.Module) -> float:

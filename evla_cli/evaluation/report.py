@@ -1,6 +1,7 @@
 """Results as tables for people and as JSON for scripts."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def inspection(source: Path) -> dict[str, Any]:
     dtypes = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in checkpoint.reader.tensors.values())
     can = ["analyze", "prune"] + (["export"] if checkpoint.family.has_action_head else [])
     can += ["verify", "predict"] if checkpoint.layout == "bundle" else []
+    can += ["bench", "compare"] if checkpoint.family.has_action_head else []
     facts = {
         "path": str(source),
         "family": checkpoint.family.name,
@@ -134,3 +136,188 @@ def action_table(actions: "np.ndarray") -> str:
     """One row a time step."""
     header = ["step", *(f"a{i}" for i in range(actions.shape[1]))]
     return table(header, [[str(step), *(f"{value:+.4f}" for value in row)] for step, row in enumerate(actions)])
+
+
+def bench_table(record: dict[str, Any]) -> str:
+    """`evla bench`: sizes, time per stage, speed-ups, the head by cache interval."""
+    rows, references = record["rows"], record["references"]
+    parts = [
+        table(
+            ["", "dtype", "parameters", "on disk", "own memory", "resident", "load", "GFLOPs", "executed"],
+            [_size_cells(row) for row in rows],
+        ),
+        "own memory (RssAnon) and resident (with mapped files): peaks of a process that loads the model and predicts "
+        "once.\nGFLOPs: of one sample, in the paper's convention; executed: what runs, attention included.",
+        "milliseconds, median / 95th percentile",
+        table(
+            ["", *(stage.replace("_", " ") for stage in (*_LATENCY_STAGES, "whole"))],
+            [
+                [row["name"], *(_median_p95(row["latency_ms"][stage]) for stage in (*_LATENCY_STAGES, "whole"))]
+                for row in rows
+            ],
+        ),
+    ]
+    faster = [row for row in rows if row["speedup"]]
+    if faster:
+        columns = [name for name in references if any(name in row["speedup"] for row in faster)]
+        parts += [
+            "times as fast per prediction, median of the ratios within each round [95 % interval]",
+            table(
+                ["", *(f"than {name}" for name in columns)],
+                [
+                    [row["name"], *(_interval(row["speedup"].get(name, {}).get("whole"), 2) for name in columns)]
+                    for row in faster
+                ],
+            ),
+        ]
+    heads = [row for row in rows if row["head_ms_by_interval"]]
+    intervals = list(dict.fromkeys(interval for row in heads for interval in row["head_ms_by_interval"]))
+    parts += [
+        "action head alone by cache interval: milliseconds (times as fast as interval 1)",
+        table(
+            ["", *intervals], [[row["name"], *(_head_cell(row, interval) for interval in intervals)] for row in heads]
+        ),
+    ]
+    for row in rows:
+        if row["settings"]["visual_tokens"].get("num_keep") is not None:
+            share = row["token_selection_share"]
+            parts.append(
+                f"{row['name']}: selecting tokens takes {share['median']:.2%} of the language model's time "
+                f"(95th percentile {share['p95']:.2%})."
+            )
+    return "\n\n".join([*parts, _bench_notes(record)])
+
+
+_LATENCY_STAGES = ("preprocessing", "vision", "projector", "language_model", "action_head")
+
+
+def _size_cells(row: dict[str, Any]) -> list[str]:
+    memory = row["memory"]
+    own = memory["peak_rss_anon_bytes"] if memory["peak_device_bytes"] is None else memory["peak_device_bytes"]
+    return [
+        row["name"],
+        row["dtype"],
+        f"{row['parameters'] / 1e6:,.2f} M",
+        f"{row['bytes_on_disk'] / 1e6:,.1f} MB",
+        f"{own / 1e6:,.0f} MB",
+        f"{memory['peak_rss_bytes'] / 1e6:,.0f} MB",
+        f"{row['load_seconds']:.2f} s",
+        f"{row['flops']['paper']['total'] / 1e9:,.2f}",
+        f"{row['flops']['full']['total'] / 1e9:,.2f}",
+    ]
+
+
+def _median_p95(times: dict[str, Any]) -> str:
+    return f"{times['median']:.1f} / {times['p95']:.1f}"
+
+
+def _interval(estimate: dict[str, Any] | None, digits: int) -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def _head_cell(row: dict[str, Any], interval: str) -> str:
+    found = row["head_ms_by_interval"].get(interval)
+    return f"{found['median']:.1f} ({found['speedup']['value']:.2f})" if found else ""
+
+
+def _bench_notes(record: dict[str, Any]) -> str:
+    environment, protocol = record["environment"], record["protocol"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    order = "interleaved, who comes first going round"
+    if protocol["loaded"] == "in turn":
+        order = f"the models do not fit into memory together: each loaded {protocol['visits']} times, one after another"
+    bfloat16 = "multiplies" if environment["native_bfloat16"] else "does not multiply"
+    return (
+        f"{environment['device']}: {environment['device_name']}; the processor has {environment['instructions']} and "
+        f"{bfloat16} bfloat16; {environment['threads']} threads; {versions}.\n"
+        f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}."
+    )
+
+
+def compare_table(record: dict[str, Any]) -> str:
+    """`evla compare`: what each measure costs, and for B the errors by dimension, by step, and of reused features."""
+    a, b, samples = (record[key] for key in ("first", "second", "samples"))
+    names = _MEASURES | {"all": f"all: {b['name']}", "noise": f"{a['name']}, other noise"}
+    measures = record["measures"]
+    both = measures["all"]
+    parts = [
+        f"{b['name']} against {a['name']}: {samples['num_samples']} samples, the same noise; mean [95 % interval].",
+        table(
+            ["on", "cosine of cognition", "action error", "gripper flips", "position deviation"],
+            [[text, *_measure_cells(measures[name])] for name, text in names.items() if name in measures],
+        ),
+        "action error: mean absolute difference of normalised actions, without the gripper; their range is [-1, 1].\n"
+        "position deviation: of the positions that the chunk's actions add up to, at its end, in the robot's units.",
+        f"{b['name']}: absolute error by action dimension",
+        table(
+            ["dimension", "normalised", "robot's units"],
+            [
+                [str(number), *cells]
+                for number, cells in enumerate(
+                    zip(_intervals(both["normalized_error"]), _intervals(both["physical_error"]), strict=True)
+                )
+            ],
+        ),
+        f"{b['name']}: position deviation after each step, in the robot's units",
+        table(
+            ["step", "deviation"],
+            [[str(step), cell] for step, cell in enumerate(_intervals(both["position_deviation"]), start=1)],
+        ),
+    ]
+    if record["cache"]:
+        parts += _reuse_tables(b["name"], record["cache"])
+    off = [text for name, text in _MEASURES.items() if name not in measures]
+    notes = [f"the same in both, or not known: {', '.join(off)}."] if off else []
+    return "\n\n".join([*parts, *record["notes"], *notes])
+
+
+_MEASURES = {
+    "layers": "layers",
+    "mlp": "MLP",
+    "tokens": "tokens",
+    "cache": "cache",
+    "sampling": "sampling",
+    "weights": "weights (layers and MLP)",
+}
+
+
+def _measure_cells(measure: dict[str, Any]) -> list[str]:
+    flips = measure["gripper_flips"]
+    return [
+        _interval(measure["cognition_cosine"], 4),
+        _interval(measure["action_error"], 4),
+        "" if flips is None else _interval({key: _percent(value) for key, value in flips.items()}, 2) + " %",
+        _intervals(measure["position_deviation"])[-1],
+    ]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _intervals(estimate: dict[str, Any], digits: int = 4) -> list[str]:
+    """Of a list of values, in as many digits as the largest of them needs."""
+    largest = max(estimate["value"])
+    if 0 < largest < 1:
+        digits += math.floor(-math.log10(largest))
+    columns = zip(estimate["value"], estimate["low"], estimate["high"], strict=True)
+    return [_interval({"value": value, "low": low, "high": high}, digits) for value, low, high in columns]
+
+
+def _reuse_tables(name: str, cache: dict[str, Any]) -> list[str]:
+    kinds = list(cache["modules"])
+    header = [f"{kind}: {what}" for kind in kinds for what in ("cosine", "relative error")]
+    parts = [f"{name}: what the action head reuses against what it would have computed from the same input"]
+    for by, places in (("step", cache["steps"]), ("block", cache["blocks"])):
+        columns = [
+            _intervals(cache["modules"][kind][what][f"by_{by}"])
+            for kind in kinds
+            for what in ("cosine", "relative_error")
+        ]
+        parts.append(
+            table([by, *header], [[str(place), *cells] for place, *cells in zip(places, *columns, strict=True)])
+        )
+    return parts

@@ -21,7 +21,7 @@ from evla_cli.families import open_checkpoint
 from evla_cli.models.skeleton import check_device
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
-from evla_cli.schema import from_mapping
+from evla_cli.schema import check_schema_version, from_mapping
 from evla_cli.settings import InferenceSettings
 
 SCHEMA_VERSION = 1
@@ -75,8 +75,7 @@ class CandidateList:
     candidates: tuple[ListedCandidate, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise EvlaError(f"schema_version is {self.schema_version}; this evla reads {SCHEMA_VERSION}.")
+        check_schema_version(self.schema_version)
         if not self.candidates:
             raise EvlaError("candidates is empty; name at least one.")
 

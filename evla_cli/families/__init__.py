@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from evla_cli.checkpoint.bundle import MANIFEST, open_manifest
+from evla_cli.checkpoint.files import check_exists
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
 
@@ -19,16 +20,24 @@ def open_checkpoint(path: Path, check_manifest: bool = True) -> Checkpoint:
 
     Errors: it is none, or files that its manifest lists (where evla wrote one) are missing or of another size.
     """
-    if not path.exists():
-        raise EvlaError(f"{path} does not exist.")
+    check_exists(path)
     for module in FAMILIES.values():
         checkpoint = import_module(module).open_checkpoint(path)
         if checkpoint is not None:
             if check_manifest and (checkpoint.root / MANIFEST).is_file():
-                open_manifest(checkpoint.root)
+                _check_listed(checkpoint)
             return checkpoint
     raise EvlaError(
         f"{path} is not a checkpoint that evla knows. Expected a CogACT run (config.json, dataset_statistics.json, "
         "checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory (config.json with a "
         "known model_type, safetensors)."
     )
+
+
+def _check_listed(checkpoint: Checkpoint) -> None:
+    """Errors: the manifest is broken, or does not list files that decide what the model computes."""
+    listed = open_manifest(checkpoint.root).files
+    for path in (checkpoint.root / "config.json", *checkpoint.reader.files):
+        name = path.relative_to(checkpoint.root).as_posix()
+        if name not in listed:
+            raise EvlaError(f"{checkpoint.root / MANIFEST} does not list {name}, which is no part of what evla wrote.")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -316,7 +317,7 @@ _SIZES = (
 
 
 def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The config, if it is one of a CogACT that can be built."""
+    """The config with its `norm_stats` in full, if it is one of a CogACT that can be built."""
     absent = [name for name in _SECTIONS if not isinstance(config.get(name), dict)]
     if absent:
         raise EvlaError(f"{where} has no section '{absent[0]}', which the config of a CogACT needs.")
@@ -326,6 +327,11 @@ def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
         raise EvlaError(f"{where}: not a valid config: {' '.join(str(error).split())[:250]}") from error
     for name in _SECTIONS[:4]:
         section = getattr(built, name)
+        model_type = config[name].get("model_type", section.model_type)
+        if model_type != section.model_type:
+            raise EvlaError(
+                f"{where}: {name}.model_type must be '{section.model_type}', found {short_repr(model_type)}."
+            )
         for key in _SIZES:
             size = getattr(section, key, 1)
             if type(size) is not int or size < 1:
@@ -334,7 +340,7 @@ def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
             raise EvlaError(
                 f"{where}: {name}: {section.num_attention_heads} heads do not divide {section.hidden_size}."
             )
-    check_norm_stats(config["norm_stats"], built.action_config.action_dim, where)
+    norm_stats = check_norm_stats(config["norm_stats"], built.action_config.action_dim, where)
     dino, siglip = (tower.image_size // tower.patch_size for tower in (built.dino_config, built.siglip_config))
     if dino != siglip:
         raise EvlaError(f"{where}: the towers see {dino**2} and {siglip**2} patches of an image; they must agree.")
@@ -345,7 +351,7 @@ def _checked_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
         not isinstance(ids, list) or len(ids) != 2 or not all(type(i) is int and 0 <= i < vocab_size for i in ids)
     ):
         raise EvlaError(f"{where}: prompt_suffix_ids must be two token ids below {vocab_size}, got {ids}.")
-    return config
+    return config | {"norm_stats": norm_stats}
 
 
 def check_norm_stats(norm_stats: dict[str, Any], action_dim: int, where: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Checkpoints in Hugging Face's layout: one config.json beside safetensors (or .bin) shards."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 from evla_cli.checkpoint.bundle import SETTINGS
@@ -16,14 +18,21 @@ from evla_cli.plan import PrunePlan
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
 _MAX_LAYERS = 1000
+_MAX_INTEGER = 2**31
 # Of another state of the model: manifest and settings belong to the exact weights they were made for.
 _STALE = {*MARKERS, SETTINGS, "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json. A number of layers that no model has is refused here: transformers would count up to it."""
+    """A config.json. Numbers that no model has are refused here: transformers would count up to them, or compute with
+    them and fail somewhere else."""
     config = read_json(path)
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in section.items():
+            if isinstance(value, int | float) and not abs(value) < (_MAX_INTEGER if type(value) is int else math.inf):
+                raise EvlaError(
+                    f"{path}: {key} is {short_repr(value)}; it must be a finite number, of 31 bits if whole."
+                )
         layers = section.get("num_hidden_layers", 1)
         if type(layers) is not int or not 1 <= layers <= _MAX_LAYERS:
             raise EvlaError(f"{path}: num_hidden_layers must be between 1 and {_MAX_LAYERS}, found {layers!r}.")
@@ -55,7 +64,8 @@ def open_huggingface(
         target.update({key: values for key, values in (layer_lists or {}).items() if not target.get(key)})
         write_json(dest / "config.json", prune_config(raw, family.config_path, plan))
         hashes = write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
-        copy_other_files(directory, dest)
+        # The README of a bundle tells what is in it and how to run it: neither holds any longer.
+        copy_other_files(directory, dest, leave_out={"README.md"} if source.layout == "bundle" else ())
         return hashes
 
     return Checkpoint(
@@ -77,8 +87,8 @@ def other_files(directory: Path) -> list[Path]:
     return [p for p in paths if p.is_file() and p.suffix not in _WEIGHT_SUFFIXES and not p.name.startswith(".")]
 
 
-def copy_other_files(source: Path, dest: Path) -> None:
+def copy_other_files(source: Path, dest: Path, leave_out: Collection[str] = ()) -> None:
     """All `other_files` but those of another state of the model, and but what `dest` already has."""
     for path in other_files(source):
-        if path.name not in _STALE and not (dest / path.name).exists():
+        if path.name not in {*_STALE, *leave_out} and not (dest / path.name).exists():
             copy_file(path, dest / path.name)

@@ -160,7 +160,7 @@ def to_image(image: Any) -> Image.Image:
     return Image.fromarray(array)
 
 
-_GRIPPER = 6  # CogACT's seventh action dimension is open or closed, whatever its statistics say
+GRIPPER = 6  # CogACT's seventh action dimension is open or closed, whatever its statistics say
 
 
 def unnormalize_actions(normalized: np.ndarray, stats: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +170,8 @@ def unnormalize_actions(normalized: np.ndarray, stats: dict[str, Any]) -> tuple[
     mask is true; the others stay as they are.
     """
     clipped = np.clip(normalized.astype(np.float64), -1.0, 1.0)
-    if clipped.shape[-1] > _GRIPPER:
-        clipped[..., _GRIPPER] = np.where(clipped[..., _GRIPPER] < 0.5, 0.0, 1.0)
+    if clipped.shape[-1] > GRIPPER:
+        clipped[..., GRIPPER] = np.where(clipped[..., GRIPPER] < 0.5, 0.0, 1.0)
     low, high = np.asarray(stats["q01"], dtype=np.float64), np.asarray(stats["q99"], dtype=np.float64)
     scaled = 0.5 * (clipped + 1) * (high - low) + low
     return np.where(np.asarray(stats["mask"]), scaled, clipped), clipped

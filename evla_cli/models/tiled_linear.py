@@ -33,13 +33,14 @@ def tile_linear(linear: nn.Linear, weight: torch.dtype, compute: torch.dtype, de
     with an input of dtype `compute`. Parameters keep their names and their memory. Returns whether it did."""
     if torch.device(device).type != "cpu" or weight not in _HALF:
         return False
-    if weight == compute and _multiplies_natively(weight):
+    if weight == compute and multiplies_natively(weight):
         return False
     linear.__class__ = TiledLinear
     return True
 
 
-def _multiplies_natively(dtype: torch.dtype) -> bool:
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether this processor can multiply matrices in bfloat16 or float16 without widening them first."""
     # torch has no public question for this; these answers are what its own kernels go by.
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

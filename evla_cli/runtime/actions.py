@@ -3,6 +3,8 @@
 Letters used here: B batch, H action horizon, A action dim, D language-model width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,13 @@ def sample_actions(
     diffusion: DiffusionSettings,
     cache_settings: ActionCacheSettings,
     generator: torch.Generator | None = None,
+    make_cache: Callable[[ActionCacheSettings, int, int], StackCache | ModuleCache | None] | None = None,
 ) -> Tensor:
     """Denoise a chunk: (B, 1, D) and noise (B, H, A) -> normalised actions (B, H, A).
 
-    `generator` feeds the noise that DDPM adds at every step.
+    Args:
+        generator: feeds the noise that DDPM adds at every step.
+        make_cache: another cache than the settings' own, from settings, number of steps and number of blocks.
     """
     weight = head.x_embedder.linear.weight
     schedule = NoiseSchedule.squared_cosine(head.config.num_train_steps)
@@ -32,7 +37,7 @@ def sample_actions(
         condition = torch.cat((condition, head.null_condition(len(condition))))
     embedded = head.z_embedder(condition)  # (B or 2B, 1, E), the same at every step
     num_steps = diffusion.num_denoise_steps if diffusion.sampler == "ddim" else len(schedule.alphas_cumprod)
-    cache = _make_cache(cache_settings, num_steps, len(head.blocks))
+    cache = (make_cache or _make_cache)(cache_settings, num_steps, len(head.blocks))
 
     def predict_noise(noisy: Tensor, timestep: int, step: int) -> Tensor:
         batch = torch.cat((noisy, noisy)) if guided else noisy

@@ -41,8 +41,6 @@ def run_decoder(
     attention_mask = causal_mask(decoder, hidden_states, mask)
     prunes = settings.num_keep is not None and settings.num_keep < num_visual
     for index, layer in enumerate(decoder.layers):
-        if prunes and scores is None and index == settings.prune_layer - 1:
-            scores = _visual_scores(layer, hidden_states, rotary, mask, context, num_visual)
         if prunes and scores is not None and index == settings.prune_layer:
             selection = select_tokens(scores, inputs_embeds[:, 1 : 1 + num_visual], settings)
             keep = _positions_to_keep(selection.kept, num_visual, hidden_states.shape[1])  # (B, T')
@@ -52,12 +50,20 @@ def run_decoder(
             rotary = (take(rotary[0], keep), take(rotary[1], keep))
             mask = None if mask is None else mask.gather(1, keep)
             attention_mask = causal_mask(decoder, hidden_states, mask)
-        hidden_states = layer(hidden_states, attention_mask=attention_mask, position_embeddings=rotary)
+        scoring = prunes and scores is None and index == settings.prune_layer - 1
+        seen = _Keys() if scoring else None
+        prompt = hidden_states[:, 1 + num_visual :]
+        hidden_states = layer(
+            hidden_states, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=seen
+        )
+        if seen is not None:
+            attention = prompt_attention(layer, prompt, rotary, seen.keys, mask)
+            scores = attention_received(attention, context)[:, 1 : 1 + num_visual]
     return decoder.norm(hidden_states), mask, selection
 
 
 def prompt_attention(layer: Any, prompt: Tensor, rotary: Rotary, keys: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, R, T): attention of the last R positions, mean over heads; one extra query-key product.
+    """(B, R, T): attention of the last R positions, mean over heads. Costs their queries and one product.
 
     Args:
         prompt: (B, R, D), their hidden states as they enter the layer.
@@ -73,14 +79,14 @@ def prompt_attention(layer: Any, prompt: Tensor, rotary: Rotary, keys: Tensor, m
     return row_attention(queries, keys, positions, attention.scaling, mask)
 
 
-def _visual_scores(
-    layer: Any, hidden_states: Tensor, rotary: Rotary, mask: Tensor | None, context: Tensor, num_visual: int
-) -> Tensor:
-    """(B, V): attention from the prompt rows to the visual tokens."""
-    attention, first_row = layer.self_attn, 1 + num_visual
-    keys = _rotate(_heads(attention.k_proj(layer.input_layernorm(hidden_states)), attention.head_dim), rotary)
-    received = attention_received(prompt_attention(layer, hidden_states[:, first_row:], rotary, keys, mask), context)
-    return received[:, 1:first_row]
+class _Keys:
+    """Stands in for transformers' key-value cache in one layer: sees its keys, (B, key-value heads, T, C), rotated."""
+
+    keys: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        self.keys = keys
+        return keys, values
 
 
 def _positions_to_keep(kept: Tensor, num_visual: int, length: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from evla_cli.checkpoint.bundle import SETTINGS, open_bundle
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.families import open_checkpoint
+from evla_cli.families.base import Checkpoint
 from evla_cli.methods.frame_reuse import TokenReuse
 from evla_cli.methods.visual_tokens import TokenSelection, random_scores
 from evla_cli.models.cogact import CogACTForActionPrediction, cognition_token
@@ -58,11 +59,29 @@ def policy_from_checkpoint(
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise EvlaError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}.")
+    return policy_from_weights(open_acting(source), settings, device=device, dtype=dtype, seed=seed)
+
+
+def open_acting(source: Path) -> Checkpoint:
+    """Open a checkpoint that a policy can be made from. Errors: it has no action head or no tokenizer."""
     checkpoint = open_checkpoint(source)
     if not checkpoint.family.has_action_head:
         raise EvlaError(f"{source} has no action head: only a vision-language-action model can act.")
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
+    return checkpoint
+
+
+def policy_from_weights(
+    checkpoint: Checkpoint,
+    settings: InferenceSettings | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> "Policy":
+    """A policy from what `open_acting` opened, its weights and config perhaps changed since."""
+    assert checkpoint.tokenizer_dir is not None
     model = load_model(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root, dtype, device)
     assert isinstance(model, CogACTForActionPrediction)
     processor = CogACTProcessor(model.config, checkpoint.tokenizer_dir)
@@ -160,6 +179,8 @@ class Policy:
         cognition, selection = self.think(inputs, self.see(inputs))
         normalized = self.act(cognition, noise, generator)
         actions, clipped = unnormalize_actions(normalized.float().cpu().numpy(), stats)
+        if not np.isfinite(actions).all():
+            raise EvlaError("The model computed an action that is not finite; its config or its dtype does not fit it.")
         return Prediction(actions, clipped, cognition, selection)
 
     # The stages of one prediction, in order.

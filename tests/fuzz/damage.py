@@ -68,6 +68,22 @@ VALUES += [
     {str(key): key for key in range(100)},
 ]
 
+_STARTS = [b"\xef\xbb\xbf", b" ", b"\n\n", b"\xff", b"\0", b"\xff\xfe"]
+# JSON, or nearly, that json.dumps would not write: stands for one value each.
+_JSON_SNIPPETS = ["1e400", "-1e400", "1E0", "-0", "01", "1.", ".5", "0x10", "1_000", "+1", "1" * 5000, "True", "nan"]
+_JSON_SNIPPETS += [
+    '"\\ud800"',
+    '"\\u0000"',
+    "'a'",
+    '"a\nb"',
+    '{"a": 1, "a": 2}',
+    "[1,]",
+    "",
+    "1 2",
+    "/* */ 1",
+    "[" * 5000,
+]
+
 # YAML that json would not write: stands for one value each.
 _SNIPPETS = [
     "0x" + "f" * 5000,
@@ -79,6 +95,17 @@ _SNIPPETS = [
     "1_000",
     "0o17",
     "017",
+    "1:30",
+    "1e-1",
+    "+1",
+    "1.",
+    "0x10",
+    "0b11",
+    "1_0.5",
+    "190:20:30.15",
+    "yes",
+    "No",
+    "~",
 ]
 _SNIPPETS += [
     "!!python/object/apply:os.system ['touch ran']",
@@ -86,6 +113,12 @@ _SNIPPETS += [
     "!!int '3'",
     "!!float 1",
     "!x 1",
+    "!!int ''",
+    "!!bool x",
+    "!!float ''",
+    "!!timestamp x",
+    "! 1",
+    "!!str 1",
 ]
 _SNIPPETS += [
     "&a [*a]",
@@ -129,7 +162,7 @@ def damaged_records(draw: st.DrawFn, valid: Any) -> Any:
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 3]))):
         path = draw(st.sampled_from(list(_paths(record))))
         if not path:
-            record = draw(st.sampled_from(VALUES))
+            record = draw(_values())
             continue
         *way, last = path
         parent = record
@@ -137,18 +170,18 @@ def damaged_records(draw: st.DrawFn, valid: Any) -> Any:
             parent = parent[key]
         kind = draw(st.integers(0, 7))
         if kind < 3:
-            parent[last] = draw(st.sampled_from(VALUES))
+            parent[last] = draw(_values())
         elif kind == 3:
-            parent[last] = draw(_near(parent[last]))
+            parent[last] = draw(_near(parent[last]).map(deepcopy))
         elif kind == 4:
             del parent[last]
         elif isinstance(parent, list):
-            parent.insert(last, draw(st.sampled_from([parent[last], *VALUES])))
+            parent.insert(last, draw(_values(parent[last])))
         elif kind == 5:
-            name = draw(st.sampled_from([last[:-1], last + "s", last.upper(), *TEXTS]))
+            name = draw(st.sampled_from([str(last)[:-1], f"{last}s", str(last).upper(), *TEXTS]))
             parent[name] = parent.pop(last)
         else:
-            parent[draw(st.sampled_from(["extra", *TEXTS]))] = draw(st.sampled_from([parent[last], *VALUES]))
+            parent[draw(st.sampled_from(["extra", *TEXTS]))] = draw(_values(parent[last]))
         if not isinstance(record, dict | list) or not record:
             break
     return record
@@ -163,9 +196,14 @@ def damaged_json(draw: st.DrawFn, valid: Any) -> bytes:
         first = text.find(b"{") + 1
         text = text[:first] + b'"schema_version": 1, "schema_version": 1, ' + text[first:]
     if kind == 1:
-        text = draw(st.sampled_from([b"\xef\xbb\xbf", b" ", b"\xff", b"[" * 100_000, b'{"a":' * 100_000])) + text
-    if kind < 5:
+        text = draw(st.sampled_from([*_STARTS, b"[" * 100_000, b'{"a":' * 100_000])) + text
+    if kind == 2:
+        text = text.replace(b"\n", b"\r\n")
+    if 2 < kind < 6:
         text = damage_bytes(draw(st.randoms(use_true_random=False)), text)
+    if 5 < kind < 10:
+        marked = json.dumps(_with_mark(valid, draw(st.sampled_from([path for path in _paths(valid) if path]))))
+        text = marked.replace('"MARK"', draw(st.sampled_from(_JSON_SNIPPETS))).encode()
     return text
 
 
@@ -177,7 +215,14 @@ def damaged_yaml(draw: st.DrawFn, valid: Any) -> bytes:
     if kind < 8:
         text = _yaml(_with_mark(valid, draw(st.sampled_from([path for path in _paths(valid) if path]))))
         return text.replace("MARK", draw(st.sampled_from(_SNIPPETS))).encode()
-    return damage_bytes(draw(st.randoms(use_true_random=False)), _yaml(valid).encode())
+    text = _yaml(valid).encode()
+    if kind == 8:
+        return draw(st.sampled_from([*(start + text for start in _STARTS), text.replace(b"\n", b"\r\n"), text * 2]))
+    return damage_bytes(draw(st.randoms(use_true_random=False)), text)
+
+
+def _values(*more: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from([*more, *VALUES]).map(deepcopy)  # what is put into a record may be damaged there
 
 
 def _yaml(record: Any) -> str:

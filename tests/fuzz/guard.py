@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -21,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from evla_cli.errors import EvlaError
+from evla_cli.errors import EvlaError, one_line
 
 CPU_SECONDS = 5  # of one case; the usual one takes milliseconds
 BLOCKED_SECONDS = 120  # of real time: a case that waits for something (a pipe, a lock)
@@ -50,30 +51,21 @@ def attempt(function: Callable[[], Any]) -> Any:
 def run_cases(name: str, num_cases: int, case: Case) -> Counter[str]:
     """Cases 0 to `num_cases` - 1 in a child, each with a `Random` of its own. Fails with what went wrong, by number."""
 
-    def body(note: Callable[[str], None]) -> tuple[Counter[str], list[str]]:
-        counts: Counter[str] = Counter()
-        failures = []
+    def body(note: Callable[[str], None]) -> _Outcome:
+        outcome = _Outcome(Counter(), [])
         for number in range(num_cases):
             note(f"{name} {number}")
-            try:
-                counts["accepted" if case(Random(f"{name} {number}")) else "refused"] += 1
-            except BaseException:
-                failures.append(f"case {number} of {name}:\n{traceback.format_exc()}")
-                if len(failures) == MAX_FAILURES:
-                    break
-        return counts, failures
+            outcome.add(lambda number=number: case(Random(f"{name} {number}")), f"case {number} of {name}")
+        return outcome
 
-    counts, failures = in_child(body)
-    assert not failures, "\n".join(failures)
-    assert counts.total() == num_cases
-    return counts
+    return _checked(in_child(body), num_cases)
 
 
 def run_examples(name: str, num_cases: int, strategy: SearchStrategy[Any], case: Callable[[Any], bool]) -> Counter[str]:
     """The first `num_cases` examples that hypothesis draws from `strategy`, always the same, in a child."""
 
-    def body(note: Callable[[str], None]) -> tuple[Counter[str], str]:
-        counts: Counter[str] = Counter()
+    def body(note: Callable[[str], None]) -> _Outcome:
+        outcome = _Outcome(Counter(), [])
 
         @settings(
             max_examples=num_cases,
@@ -81,22 +73,36 @@ def run_examples(name: str, num_cases: int, strategy: SearchStrategy[Any], case:
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate, Phase.shrink],
+            phases=[Phase.generate],
         )
         @given(strategy)
         def examine(example: Any) -> None:
             note(f"{name}: {example!r:.1000}")
-            counts["accepted" if case(example) else "refused"] += 1
+            outcome.add(lambda: case(example), f"{name} with {example!r:.2000}")
 
-        try:
-            examine()
-        except BaseException:
-            return counts, traceback.format_exc()
-        return counts, ""
+        examine()
+        return outcome
 
-    counts, failure = in_child(body)
-    assert not failure, failure
-    return counts
+    return _checked(in_child(body), num_cases)
+
+
+@dataclass
+class _Outcome:
+    counts: Counter[str]
+    failures: list[str]
+
+    def add(self, case: Callable[[], bool], what: str) -> None:
+        if len(self.failures) < MAX_FAILURES:
+            try:
+                self.counts["accepted" if case() else "refused"] += 1
+            except BaseException:
+                self.failures.append(f"{what}:\n{traceback.format_exc()}")
+
+
+def _checked(outcome: _Outcome, num_cases: int) -> Counter[str]:
+    assert not outcome.failures, "\n".join(outcome.failures)
+    assert outcome.counts.total() == num_cases
+    return outcome.counts
 
 
 def in_child(body: Callable[[Callable[[str], None]], Any]) -> Any:
@@ -160,8 +166,9 @@ def _limited() -> Iterator[None]:
 
 
 def _check_error(error: EvlaError) -> None:
-    message = str(error)
+    message = one_line(error)
     assert 0 < len(message) < 2000, f"a message of {len(message)} letters: {message[:200]}"
+    assert message.isprintable(), f"a message that is not one line of text: {message!r}"
     chain: BaseException | None = error
     while chain is not None:
         assert not isinstance(chain, MemoryError), f"ran out of memory on the way to: {message}"

@@ -1,0 +1,127 @@
+"""Peak memory of a process that does nothing but load one policy and predict once; what the machine has left."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evla_cli.errors import EvlaError
+from evla_cli.evaluation.latency import Batch
+from evla_cli.runtime.policy import Policy
+
+_STATUS, _MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+_SECONDS_BETWEEN_SAMPLES = 0.005
+
+
+def peak_memory(load: Callable[..., Policy], batch: Batch, device: str, threads: int) -> dict[str, int | None]:
+    """In bytes, in a process of its own. `load` must be picklable.
+
+    Returns:
+        peak_rss_anon_bytes: memory that nobody else can have: private copies, activations, libraries' own.
+        peak_rss_bytes: with the pages of mapped files, weights among them, which the system can drop.
+        imported_rss_anon_bytes: of the first, what was there before loading began.
+        peak_device_bytes: torch's allocations on a GPU; None elsewhere.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, load, batch, device, threads), daemon=True)
+    # Ctrl-C reaches every process of a terminal; the child inherits that it is not told.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError as error:
+        process.join()
+        raise EvlaError(
+            f"The process that measures memory ended with {process.exitcode}; -9 is the system's answer to too little "
+            "memory."
+        ) from error
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(answer, EvlaError):
+        raise answer
+    return answer
+
+
+def _answer(sender: Connection, *arguments: Any) -> None:
+    try:
+        sender.send(_load_and_predict(*arguments))
+    except EvlaError as error:
+        sender.send(error)
+
+
+def _load_and_predict(load: Callable[..., Policy], batch: Batch, device: str, threads: int) -> dict[str, int | None]:
+    torch.set_num_threads(threads)
+    imported = _kilobytes(_STATUS, "RssAnon")
+    with _Sampler() as sampler:
+        policy = load()
+        key = next(iter(policy.model.config.norm_stats))
+        policy.predict(batch.images, batch.instructions, unnorm_key=key)
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "peak_rss_anon_bytes": 1024 * sampler.peak,
+        "peak_rss_bytes": 1024 * _kilobytes(_STATUS, "VmHWM"),
+        "imported_rss_anon_bytes": 1024 * imported,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+    }
+
+
+def available_bytes(device: str) -> int:
+    """What can be taken without pushing anything else out; the page cache counts as free."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return 1024 * _kilobytes(_MEMINFO, "MemAvailable")
+
+
+def release(device: str) -> None:
+    """Give back what models held that nothing refers to any more, for another model or another process."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Sampler:
+    """The highest RssAnon inside a block, in kilobytes: the system keeps a record of the highest RSS alone."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        parent = multiprocessing.parent_process()
+        while not self._ended.is_set():
+            self._sample()
+            if parent is not None and not parent.is_alive():
+                os._exit(1)  # nobody waits for the answer
+            time.sleep(_SECONDS_BETWEEN_SAMPLES)
+
+    def _sample(self) -> None:
+        self.peak = max(self.peak, _kilobytes(_STATUS, "RssAnon"))
+
+
+def _kilobytes(file: Path, key: str) -> int:
+    line = next(line for line in file.read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1])
