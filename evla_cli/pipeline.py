@@ -27,11 +27,13 @@ from evla_cli.methods.layer_importance import importance_and_error, run_layer
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.methods.row_selection import select_channels
+from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream
 from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
+from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
 
@@ -121,9 +123,6 @@ def _out_of_memory(device: str) -> Iterator[None]:
 
 def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ranks) -> dict[str, Any] | None:
     """How alike the action head's denoising steps are, given the cognition tokens of the samples."""
-    from evla_cli.models.cogact import cognition_token
-    from evla_cli.runtime.recording import denoise_similarity
-
     if checkpoint.family.action_head is None:
         return None
     norm = stream.load_part(f"{checkpoint.family.decoder}.norm")

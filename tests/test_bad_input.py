@@ -526,7 +526,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     ),
     "entropy scale that is NaN": (
         WITH_SETTINGS,
-        "entropy_scale must be 0 or more",
+        "write a number in decimal digits",
         settings(V1 + "visual_tokens: {method: vla_cache, entropy_scale: .nan}"),
     ),
     "more task tokens than there are": (

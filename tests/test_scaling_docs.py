@@ -27,8 +27,8 @@ def test_parameters_of_cogact_base():
 
 
 def test_operations_before_the_decoder_of_cogact_base():
-    vision = count_flops(skeleton(), InferenceSettings(), convention="full").vision
-    assert scaling.COGACT.other_flops == pytest.approx(vision, rel=0.05)
+    flops = count_flops(skeleton(), InferenceSettings(), convention="full")
+    assert scaling.COGACT.other_flops == pytest.approx(flops.vision + flops.projector, rel=0.05)
 
 
 @pytest.mark.parametrize("num_key_value_heads", [8, 2])

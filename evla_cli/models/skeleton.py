@@ -3,23 +3,21 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import ModelFamily, check_weights
 from evla_cli.models.tiled_linear import tile_linear
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformers saved this buffer
 
 
-def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> "PreTrainedModel":
+def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
     """The model with parameters on the meta device (no memory) and the buffers that no checkpoint holds computed."""
     with torch.device("meta"):
         model = family.build_model(family.build_config(config))
@@ -27,9 +25,7 @@ def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> "PreTrainedMo
     return model.eval()
 
 
-def checked_skeleton(
-    family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path
-) -> "PreTrainedModel":
+def checked_skeleton(family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path) -> PreTrainedModel:
     """`build_skeleton` for a checkpoint from outside. Errors: no model can be built, or its weights do not fit it."""
     try:
         model = build_skeleton(family, config)
@@ -43,7 +39,7 @@ def checked_skeleton(
     return model
 
 
-def expected_shapes(model: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
+def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Every weight that a checkpoint of this model must hold. Tied weights are held once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -86,7 +82,7 @@ def load_model(
     where: Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """The whole model. Errors: any weight missing, unknown, misshapen or not finite."""
     model = load_plain_model(family, config, weights, where, dtype, device)
     for module in model.modules():
@@ -102,7 +98,7 @@ def load_plain_model(
     where: Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """`load_model` with transformers' own linear layers, however slow they are in this dtype."""
     model = checked_skeleton(family, config, weights, where)
     if len(expected_shapes(model)) < len(model.state_dict()):
@@ -139,15 +135,13 @@ def drop_weights(module: nn.Module) -> None:
                 owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def _compute_buffers(model: "PreTrainedModel") -> None:
+def _compute_buffers(model: PreTrainedModel) -> None:
     """Rotary frequencies, position ids: not in any file, computed by the model's own initialisation."""
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    from transformers import PreTrainedModel
-
     for owner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
         for module in owner.modules():
             if module._non_persistent_buffers_set:
