@@ -47,6 +47,7 @@ class LayerImportance:
     batch_size: int | None = None
     evla_version: str = __version__
     action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
+    activations_sha256: str | None = None  # of the file that `activations_file` names, with --activations
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -66,8 +67,9 @@ class LayerImportance:
 
     def to_json(self) -> str:
         record = to_mapping(self) | {"ranking": self.ranking()}
-        if record["action_head"] is None:
-            del record["action_head"]
+        for optional in ("action_head", "activations_sha256"):
+            if record[optional] is None:
+                del record[optional]
         return json.dumps(record, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -75,6 +77,11 @@ class LayerImportance:
         record = read_json(path)
         record.pop("ranking", None)  # derived
         return from_mapping(cls, record, str(path))
+
+
+def activations_file(importance: Path) -> Path:
+    """What `evla analyze --activations` writes beside the importance file: every MLP channel's root mean square."""
+    return importance.with_name(f"{importance.stem}.activations.safetensors")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.pipeline import OnComplete
+from evla_cli.refitting import RefitOptions
 from evla_cli.schema import from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
@@ -109,6 +110,9 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
         data = path.parent / analyze.samples
         samples = load_samples(data, source.family.sample_kind, analyze.num_samples)
         analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
+        with_activations = recipe.prune is not None and recipe.prune.mlp_method == "activation"
+        if with_activations:
+            analyze_options["activations"] = True
         stages.run(
             "analyze",
             lambda: {"options": analyze_options, "source": source_sha256()},
@@ -119,6 +123,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 num_samples=analyze.num_samples,
                 batch_size=analyze.batch_size,
                 dtype=analyze.dtype,
+                with_activations=with_activations,
                 overwrite=True,
                 on_complete=on_complete,
             ),
@@ -127,6 +132,12 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
     if recipe.prune is not None:
         prune = recipe.prune
         ranking = {} if importance is None else {"importance": sha256_file(importance)}
+        refit = None
+        if prune.refit and recipe.analyze is not None:
+            analyze = recipe.analyze
+            refit = RefitOptions(
+                path.parent / analyze.samples, analyze.num_samples, analyze.batch_size, prune.refit_last_weight
+            )
         exported = stages.outputs["prune"]
         stages.run(
             "prune",
@@ -141,6 +152,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 mlp_prune_ratio=prune.mlp_prune_ratio,
                 mlp_method=prune.mlp_method,
                 seed=prune.seed,
+                refit=refit,
                 overwrite=True,
                 on_complete=on_complete,
             ),
