@@ -14,7 +14,7 @@ from torch import Tensor
 from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
 from evla_cli.calibration import combined_sha256, decode_image, load_samples
 from evla_cli.checkpoint.bundle import write_manifest
-from evla_cli.checkpoint.files import sha256_file, write_text, write_yaml
+from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
 from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.safetensors_format import read_safetensors, write_safetensors
@@ -31,7 +31,15 @@ from evla_cli.methods.row_selection import MlpLayers, select_channels
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream, captured_inputs
-from evla_cli.plan import PLAN, SCHEMA_VERSION, LayerImportance, LayerScore, PrunePlan, activations_file
+from evla_cli.plan import (
+    PLAN,
+    SCHEMA_VERSION,
+    LayerImportance,
+    LayerScore,
+    PrunePlan,
+    activations_file,
+    has_activations,
+)
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
 from evla_cli.refitting import RefitOptions, refit_layers
@@ -362,7 +370,7 @@ def _given_activations(importance: Path, scores: LayerImportance, checkpoint: Ch
     path = activations_file(importance)
     if scores.activations_sha256 is None:
         raise EvlaError(f"{importance} was made without activations: run evla analyze with --activations.")
-    if not path.is_file() or sha256_file(path) != scores.activations_sha256:
+    if not has_activations(importance):
         raise EvlaError(f"{path} is missing or not the one made with {importance}: run evla analyze again.")
     tensors = read_safetensors(path)
     check_weights(

@@ -8,7 +8,7 @@ from typing import Any
 
 from evla_cli import __version__
 from evla_cli.checkpoint.bundle import library_versions
-from evla_cli.checkpoint.files import read_json, read_yaml
+from evla_cli.checkpoint.files import read_json, read_yaml, sha256_file
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.schema import from_mapping, to_mapping
 
@@ -82,6 +82,12 @@ class LayerImportance:
 def activations_file(importance: Path) -> Path:
     """What `evla analyze --activations` writes beside the importance file: every MLP channel's root mean square."""
     return importance.with_name(f"{importance.stem}.activations.safetensors")
+
+
+def has_activations(importance: Path) -> bool:
+    """Whether that file is there and is the one made with this importance file."""
+    path = activations_file(importance)
+    return path.is_file() and sha256_file(path) == LayerImportance.load(importance).activations_sha256
 
 
 @dataclass(frozen=True)

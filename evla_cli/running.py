@@ -21,6 +21,7 @@ from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.pipeline import OnComplete
+from evla_cli.plan import has_activations
 from evla_cli.refitting import RefitOptions
 from evla_cli.schema import from_mapping, to_mapping
 from evla_cli.settings import Recipe
@@ -127,6 +128,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 overwrite=True,
                 on_complete=on_complete,
             ),
+            has_activations if with_activations else lambda _: True,
         )
     exported = root
     if recipe.prune is not None:
@@ -208,12 +210,24 @@ class _Stages:
                 )
         check_space(self._output, missing)
 
-    def run(self, stage: str, inputs: Callable[[], dict[str, Any]], work: Callable[[Path, OnComplete], Any]) -> None:
-        """Do `work` unless it is done. `inputs` are asked for late: doing the work may be what hashes them."""
+    def run(
+        self,
+        stage: str,
+        inputs: Callable[[], dict[str, Any]],
+        work: Callable[[Path, OnComplete], Any],
+        intact: Callable[[Path], bool] = lambda _: True,
+    ) -> None:
+        """Do `work` unless it is done. `inputs` are asked for late: doing the work may be what hashes them.
+
+        `intact` says whether what stands beside the output, which its entry does not cover, is there.
+        """
         dest = self.outputs[stage]
         entry = self._done.get(stage)
         done = (
-            entry is not None and _is_output(dest, entry.output, entry.stamps) and entry.inputs == _key(stage, inputs())
+            entry is not None
+            and _is_output(dest, entry.output, entry.stamps)
+            and entry.inputs == _key(stage, inputs())
+            and intact(dest)
         )
         if not done:
             work(dest, lambda complete: self._enter(stage, _key(stage, inputs()), complete))

@@ -152,6 +152,8 @@ def test_a_recipe_measures_and_refits(decoders, text_samples, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert [done for _, _, done in run_recipe(tmp_path / "recipe.yaml")] == [True, True]
     assert [done for _, _, done in run_recipe(tmp_path / "recipe.yaml")] == [False, False]
+    activations_file(tmp_path / "out/importance.json").unlink()
+    assert [done for _, _, done in run_recipe(tmp_path / "recipe.yaml")] == [True, False]
     how = PrunePlan.load(tmp_path / "out/pruned/prune_plan.yaml").how
     assert (how["mlp_method"], how["refit"], how["refit_report"]["batch_size"]) == ("activation", True, 2)
     del recipe["analyze"]

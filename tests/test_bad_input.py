@@ -417,6 +417,20 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     "NaN ratio": ("prune run out --mlp-prune-ratio nan", "in [0, 1), got nan"),
     "infinite ratio": ("prune run out --mlp-prune-ratio inf", "in [0, 1), got inf"),
     "unknown method": ("prune run out --mlp-prune-ratio 0.5 --mlp-method best", "'best' is not one of"),
+    "refit without samples": (f"{PRUNE} --drop-layers 1 --refit", "give both --refit and --samples"),
+    "samples without refit": (f"{PRUNE} --drop-layers 1 --samples samples", "give both --refit and --samples"),
+    "refit with a weight of 0": (
+        f"{PRUNE} --drop-layers 1 --refit --samples samples --refit-last-weight 0",
+        "refit_last_weight must be a number above 0, got 0.0",
+    ),
+    "refit on one sample": (
+        f"{PRUNE} --drop-layers 1 --refit --samples samples --num-samples 1",
+        "--refit needs at least 2 samples",
+    ),
+    "activation without importance": (
+        "prune run out --mlp-prune-ratio 0.5 --mlp-method activation",
+        "needs --importance from evla analyze --activations",
+    ),
     "negative seed": ("prune run out --mlp-prune-ratio 0.5 --seed -1", "is not in the range"),
     # Outputs
     "existing output": (DROP, "out already exists. Pass --overwrite", make_directory("out")),
