@@ -27,6 +27,7 @@ from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.refit import NormalEquations, best_candidate, squared_error
 from evla_cli.models.scratch import Scratch, move
+from evla_cli.models.skeleton import check_device
 from evla_cli.models.streaming import DecoderStream, captured_inputs
 from evla_cli.plan import PrunePlan
 from evla_cli.progress import progress_bar
@@ -66,6 +67,9 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     Errors: fewer than two samples, other samples than those of a plan that was refit, a decoder whose MLPs do not end
     in a plain addition.
     """
+    check_device(options.device)
+    if checkpoint.tokenizer_dir is None:
+        raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
     samples = load_samples(options.data, checkpoint.family.sample_kind, options.num_samples)
     if len(samples) < 2:
         raise EvlaError(f"{options.data}: --refit needs at least 2 samples, one of them to judge the others' fit.")

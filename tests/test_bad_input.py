@@ -427,6 +427,10 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
         f"{PRUNE} --drop-layers 1 --refit --samples samples --num-samples 1",
         "--refit needs at least 2 samples",
     ),
+    "refit on a device that is none": (
+        f"{PRUNE} --drop-layers 1 --refit --samples samples --device abacus",
+        "Unknown device 'abacus'",
+    ),
     "activation without importance": (
         "prune run out --mlp-prune-ratio 0.5 --mlp-method activation",
         "needs --importance from evla analyze --activations",
