@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,24 @@ from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
 from evla_cli.checkpoint.reader import CheckpointReader
-from evla_cli.checkpoint.tensors import LazyTensors, total_bytes, total_elements
+from evla_cli.checkpoint.safetensors_format import read_safetensors, write_safetensors
+from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.errors import EvlaError
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
-from evla_cli.families.base import Checkpoint
+from evla_cli.families.base import Checkpoint, check_weights
 from evla_cli.methods.layer_importance import importance_and_error, run_layer
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
-from evla_cli.methods.mlp_pruning import prune_width
-from evla_cli.methods.row_selection import select_channels
+from evla_cli.methods.mlp_pruning import channel_energy, prune_width
+from evla_cli.methods.row_selection import MlpLayers, select_channels
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
-from evla_cli.models.streaming import DecoderStream
-from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan
+from evla_cli.models.streaming import DecoderStream, captured_inputs
+from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, activations_file, has_activations
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
+from evla_cli.refitting import RefitOptions, refit_layers
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
@@ -52,12 +54,14 @@ def analyze(
     dtype: str = "float32",
     memory_budget: str | None = None,
     with_action_head: bool = False,
+    channel_rms: LazyTensors | None = None,
     ranks: Ranks = ALONE,
 ) -> LayerImportance:
     """How much every decoder layer does on the samples in `data`. Layers are read one at a time.
 
     Args:
         memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
+        channel_rms: is given, for every layer, the root mean square of each MLP channel over all real positions.
         ranks: of a job whose processes share the samples; each of them returns the result for all samples.
     """
     with ranks.first_goes_first():
@@ -69,6 +73,8 @@ def analyze(
     # Whole batches, so that every one is padded and computed as it would be by a single process.
     batches = ranks.share(math.ceil(len(samples) / batch_size))
     mine = samples[batches.start * batch_size : batches.stop * batch_size]
+    if channel_rms is not None:
+        _mlp_names(checkpoint)
     reader, weight_bytes = checkpoint.reader, total_bytes(checkpoint.weights)
     with torch.inference_mode(), _out_of_memory(device):
         stream = DecoderStream(
@@ -84,13 +90,18 @@ def analyze(
         scores = []
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
             for index, layer in enumerate(stream.layers()):
-                similarities = []
+                similarities, energies = [], []
                 for batch in stream.batches:
-                    values, output = run_layer(layer, *stream.on_device(batch), stream.arguments(batch, index))
+                    hidden_states, mask = stream.on_device(batch)
+                    with captured_inputs(_mlp_output(layer, channel_rms)) as seen:
+                        values, output = run_layer(layer, hidden_states, mask, stream.arguments(batch, index))
                     batch.hidden_states.copy_(output)
                     similarities += values
+                    energies += [channel_energy(inputs, mask) for inputs in seen]
                     bar.update()
                 scores.append(LayerScore(index, *importance_and_error(ranks.gather(similarities))))
+                if channel_rms is not None:
+                    channel_rms[str(index)] = _root_mean_square(ranks.gather(energies))
         action_head = _denoise_similarity(checkpoint, stream, ranks) if with_action_head else None
     (checkpoint_sha256,) = ranks.gather([reader.sha256] if ranks.first else [])
     reader.check_unchanged()
@@ -107,6 +118,20 @@ def analyze(
         batch_size=batch_size,
         action_head=action_head,
     )
+
+
+def _mlp_output(layer: Any, channel_rms: LazyTensors | None) -> torch.nn.Module | None:
+    return None if channel_rms is None else layer.mlp.down_proj
+
+
+def _root_mean_square(energies: list[tuple[Tensor, int]]) -> LazyTensor:
+    """Of every channel, from the sums of all batches. They are added up batch by batch, whoever computed them."""
+    total, count = torch.zeros_like(energies[0][0].cpu()), 0
+    for squares, rows in energies:
+        total += squares.cpu()
+        count += rows
+    value = (total / count).sqrt().float()
+    return LazyTensor(value.dtype, tuple(value.shape), lambda: value)
 
 
 @contextmanager
@@ -138,19 +163,27 @@ def analyze_to_file(
     output: Path,
     *,
     figures: Path | None = None,
+    with_activations: bool = False,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
     ranks: Ranks = ALONE,
     **options: Any,
 ) -> LayerImportance:
-    """`analyze`, its result written to `output`, and its pictures into `figures`, both by the first rank."""
-    options |= {"with_action_head": figures is not None, "ranks": ranks}
+    """`analyze`, its result written to `output`, `with_activations` a file of those beside it, and its pictures into
+    `figures`, all by the first rank."""
+    channel_rms: LazyTensors | None = {} if with_activations else None
+    options |= {"with_action_head": figures is not None, "channel_rms": channel_rms, "ranks": ranks}
     if not ranks.first:
         return analyze(source, data, **options)
-    with new_file(output, overwrite) as staging:
+    with ExitStack() as outputs:  # the importance file is the last to take its place: it holds the other's hash
+        staging = outputs.enter_context(new_file(output, overwrite))
+        if channel_rms is not None:
+            companion = outputs.enter_context(new_file(activations_file(output), overwrite))
         if figures is not None:
             check_figures(figures, overwrite)
         result = analyze(source, data, **options)
+        if channel_rms is not None:
+            result = replace(result, activations_sha256=write_safetensors(companion, channel_rms, {}))
         write_text(staging, result.to_json())
         if on_complete:
             on_complete(staging)
@@ -187,6 +220,7 @@ def prune(
     mlp_method: str = "prunenet",
     seed: int = 0,
     plan_file: Path | None = None,
+    refit: RefitOptions | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
@@ -198,6 +232,7 @@ def prune(
 
     Args:
         plan_file: a prune_plan.yaml to follow, instead of all the options before it.
+        refit: fit the layers that stay to the dense model on these samples; None: their weights stay as they are.
     """
     checkpoint = open_checkpoint(source)
     reader = checkpoint.reader
@@ -206,6 +241,8 @@ def prune(
         checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         if plan_file is not None:
             plan = _given_plan(plan_file, checkpoint)
+            if plan.how.get("refit") and refit is None:
+                raise EvlaError(f"{plan_file} was refit: give --refit with the --samples that it was refit on.")
         else:
             scores = _given_importance(importance, checkpoint) if importance else None
             num_first = _num_protected(checkpoint, protect_first)
@@ -213,8 +250,18 @@ def prune(
             keep = _layers_to_keep(checkpoint, ranking, num_drop, num_keep, drop_ids, num_first)
             if scores and mlp_prune_ratio and mlp_method == "prunenet":
                 _check_source(importance, scores.checkpoint_sha256, reader)
-            plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed)
+            read_rms = None
+            if importance and scores and mlp_method == "activation":
+                read_rms = _given_activations(importance, scores, checkpoint)
+            plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed, read_rms)
         return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix)
+
+    def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
+        if plan.checkpoint_sha256 != "":
+            _check_source(plan_file or importance, plan.checkpoint_sha256, reader)
+        weights, report = refit_layers(checkpoint, plan, options)
+        how = {"refit": True, "refit_last_weight": options.last_weight, "refit_report": report}
+        return replace(plan, how=plan.how | how), pruned | weights
 
     def identified(plan: PrunePlan) -> PrunePlan:
         if plan.checkpoint_sha256 != "":
@@ -228,6 +275,8 @@ def prune(
         reader.read_ahead.advance(0)  # hashing begins
         plan, pruned = decide()
         check_space(staging.parent, total_bytes(pruned))
+        if refit is not None:
+            plan, pruned = refitted(plan, pruned, refit)
         with _byte_progress("writing", pruned, reader) as on_bytes:
             hashes = checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
         plan = identified(plan)
@@ -262,9 +311,10 @@ def _new_plan(
     mlp_prune_ratio: float,
     mlp_method: str,
     seed: int,
+    read_rms: Callable[[int], Tensor] | None,
 ) -> PrunePlan:
     """Its `checkpoint_sha256` is what `scores` were measured on; empty without scores."""
-    mlp_keep, facts = _channels_to_keep(checkpoint, keep, mlp_prune_ratio, mlp_method, seed)
+    mlp_keep, facts = _channels_to_keep(checkpoint, keep, mlp_prune_ratio, mlp_method, seed, read_rms)
     return PrunePlan(
         num_layers=checkpoint.num_layers,
         intermediate_size=checkpoint.intermediate_size,
@@ -305,6 +355,20 @@ def _given_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
             "run evla analyze on this checkpoint."
         )
     return scores
+
+
+def _given_activations(importance: Path, scores: LayerImportance, checkpoint: Checkpoint) -> Callable[[int], Tensor]:
+    """Root mean square of every MLP channel (F) by layer, from the file beside `importance`."""
+    path = activations_file(importance)
+    if scores.activations_sha256 is None:
+        raise EvlaError(f"{importance} was made without activations: run evla analyze with --activations.")
+    if not has_activations(importance):
+        raise EvlaError(f"{path} is missing or not the one made with {importance}: run evla analyze again.")
+    tensors = read_safetensors(path)
+    check_weights(
+        {str(layer): (checkpoint.intermediate_size,) for layer in range(checkpoint.num_layers)}, tensors, path
+    )
+    return lambda layer: load_finite(f"{path}: layer {layer}", tensors[str(layer)])
 
 
 def _check_source(path: Path | None, sha256: str, reader: CheckpointReader) -> None:
@@ -369,7 +433,12 @@ def _layers_to_keep(
 
 
 def _channels_to_keep(
-    checkpoint: Checkpoint, layers: Sequence[int], mlp_prune_ratio: float, method: str, seed: int
+    checkpoint: Checkpoint,
+    layers: Sequence[int],
+    mlp_prune_ratio: float,
+    method: str,
+    seed: int,
+    read_rms: Callable[[int], Tensor] | None,
 ) -> tuple[tuple[tuple[int, ...], ...] | None, dict[str, Any]]:
     width = _width_to_keep(checkpoint, mlp_prune_ratio)
     if width == checkpoint.intermediate_size:
@@ -386,7 +455,8 @@ def _channels_to_keep(
             bar.total = total
             bar.update(done - bar.n)
 
-        return select_channels(method, layers, read_mlp, checkpoint.intermediate_size, width, seed, on_step)
+        mlps = MlpLayers(layers, read_mlp, checkpoint.intermediate_size, width, read_rms)
+        return select_channels(method, mlps, seed, on_step)
 
 
 def _width_to_keep(checkpoint: Checkpoint, mlp_prune_ratio: float) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from evla_cli import __version__
 from evla_cli.checkpoint.bundle import library_versions
-from evla_cli.checkpoint.files import read_json, read_yaml
+from evla_cli.checkpoint.files import read_json, read_yaml, sha256_file
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, from_mapping, to_mapping
 
@@ -47,6 +47,7 @@ class LayerImportance:
     batch_size: int | None = None
     evla_version: str = __version__
     action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
+    activations_sha256: str | None = None  # of the file that `activations_file` names, with --activations
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)
@@ -65,8 +66,9 @@ class LayerImportance:
 
     def to_json(self) -> str:
         record = to_mapping(self) | {"ranking": self.ranking()}
-        if record["action_head"] is None:
-            del record["action_head"]
+        for optional in ("action_head", "activations_sha256"):
+            if record[optional] is None:
+                del record[optional]
         return json.dumps(record, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -74,6 +76,17 @@ class LayerImportance:
         record = read_json(path)
         record.pop("ranking", None)  # derived
         return from_mapping(cls, record, str(path))
+
+
+def activations_file(importance: Path) -> Path:
+    """What `evla analyze --activations` writes beside the importance file: every MLP channel's root mean square."""
+    return importance.with_name(f"{importance.stem}.activations.safetensors")
+
+
+def has_activations(importance: Path) -> bool:
+    """Whether that file is there and is the one made with this importance file."""
+    path = activations_file(importance)
+    return path.is_file() and sha256_file(path) == LayerImportance.load(importance).activations_sha256
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.pipeline import OnComplete
+from evla_cli.plan import has_activations
+from evla_cli.refitting import RefitOptions
 from evla_cli.schema import SCHEMA_VERSION, check_schema_version, from_mapping, to_mapping
 from evla_cli.settings import Recipe
 
@@ -113,6 +115,9 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
         data = path.parent / analyze.samples
         samples = load_samples(data, source.family.sample_kind, analyze.num_samples)
         analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
+        with_activations = recipe.prune is not None and recipe.prune.mlp_method == "activation"
+        if with_activations:
+            analyze_options["activations"] = True
         stages.run(
             "analyze",
             lambda: {"options": analyze_options, "source": source_sha256()},
@@ -123,14 +128,22 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 num_samples=analyze.num_samples,
                 batch_size=analyze.batch_size,
                 dtype=analyze.dtype,
+                with_activations=with_activations,
                 overwrite=True,
                 on_complete=on_complete,
             ),
+            has_activations if with_activations else lambda _: True,
         )
     exported = root
     if recipe.prune is not None:
         prune = recipe.prune
         ranking = {} if importance is None else {"importance": sha256_file(importance)}
+        refit = None
+        if prune.refit and recipe.analyze is not None:
+            analyze = recipe.analyze
+            refit = RefitOptions(
+                path.parent / analyze.samples, analyze.num_samples, analyze.batch_size, prune.refit_last_weight
+            )
         exported = stages.outputs["prune"]
         stages.run(
             "prune",
@@ -145,6 +158,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 mlp_prune_ratio=prune.mlp_prune_ratio,
                 mlp_method=prune.mlp_method,
                 seed=prune.seed,
+                refit=refit,
                 overwrite=True,
                 on_complete=on_complete,
             ),
@@ -200,12 +214,24 @@ class _Stages:
                 )
         check_space(self._output, missing)
 
-    def run(self, stage: str, inputs: Callable[[], dict[str, Any]], work: Callable[[Path, OnComplete], Any]) -> None:
-        """Do `work` unless it is done. `inputs` are asked for late: doing the work may be what hashes them."""
+    def run(
+        self,
+        stage: str,
+        inputs: Callable[[], dict[str, Any]],
+        work: Callable[[Path, OnComplete], Any],
+        intact: Callable[[Path], bool] = lambda _: True,
+    ) -> None:
+        """Do `work` unless it is done. `inputs` are asked for late: doing the work may be what hashes them.
+
+        `intact` says whether what stands beside the output, which its entry does not cover, is there.
+        """
         dest = self.outputs[stage]
         entry = self._done.get(stage)
         done = (
-            entry is not None and _is_output(dest, entry.output, entry.stamps) and entry.inputs == _key(stage, inputs())
+            entry is not None
+            and _is_output(dest, entry.output, entry.stamps)
+            and entry.inputs == _key(stage, inputs())
+            and intact(dest)
         )
         if not done:
             work(dest, lambda complete: self._enter(stage, _key(stage, inputs()), complete))

@@ -21,7 +21,7 @@ CONTEXTS = ("text", "instruction", "cognition")
 DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
 SAMPLERS = ("ddim", "ddpm")
-MLP_METHODS = ("prunenet", "magnitude", "random")
+MLP_METHODS = ("prunenet", "activation", "magnitude", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -208,6 +208,8 @@ class PruneRecipe:
     mlp_prune_ratio: float = 0.0
     mlp_method: str = "prunenet"
     seed: int = 0
+    refit: bool = False  # on the samples of `analyze`
+    refit_last_weight: float = 1.0  # how often the last position counts, a VLA's cognition token
 
     def __post_init__(self) -> None:
         _at_least("drop_layers", self.drop_layers, 0)
@@ -248,6 +250,10 @@ class Recipe:
         check_schema_version(self.schema_version)
         if self.analyze is self.prune is self.export is None:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
+        if self.analyze is None and self.prune is not None:
+            needing = {"mlp_method": self.prune.mlp_method == "activation", "refit": self.prune.refit}
+            for key in [key for key, needs in needing.items() if needs]:
+                raise EvlaError(f"prune.{key} needs calibration samples: give the recipe an analyze section.")
 
     @classmethod
     def load(cls, path: Path) -> "Recipe":

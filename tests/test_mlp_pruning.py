@@ -7,12 +7,13 @@ import torch
 
 from evla_cli.errors import EvlaError
 from evla_cli.methods.mlp_pruning import (
+    magnitude_scores,
     prune_width,
-    select_rows_magnitude,
     select_rows_random,
     slice_columns,
     slice_mlp,
     slice_rows,
+    top_rows,
 )
 
 # (seed, layer): 6 of 16 rows. Any other platform, Python or torch must give these, or a plan could not be reproduced.
@@ -82,7 +83,7 @@ def test_magnitude_keeps_the_largest_products_of_norms():
     gate, up, down = mlp()
     products = [float(gate[j].norm() * up[j].norm() * down[:, j].norm()) for j in range(12)]
     expected = sorted(sorted(range(12), key=lambda j: -products[j])[:7])
-    rows = select_rows_magnitude(gate, up, down, 7)
+    rows = top_rows(magnitude_scores(gate, up, down), 7)
     assert rows.dtype == torch.int64
     assert rows.tolist() == expected
 
@@ -90,7 +91,7 @@ def test_magnitude_keeps_the_largest_products_of_norms():
 def test_magnitude_leaves_the_weights_as_they_are():
     weights = [weight.double() for weight in mlp()]  # the dtype that norms are computed in: a view would be enough
     before = [weight.clone() for weight in weights]
-    select_rows_magnitude(*weights, 7)
+    top_rows(magnitude_scores(*weights), 7)
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
@@ -98,19 +99,19 @@ def test_magnitude_looks_at_all_three_matrices():
     for which, dim in ((0, 0), (1, 0), (2, 1)):
         weights = [torch.ones(4, 2), torch.ones(4, 2), torch.ones(2, 4)]
         weights[which].select(dim, 3).mul_(2)
-        assert select_rows_magnitude(*weights, 1).tolist() == [3]
+        assert top_rows(magnitude_scores(*weights), 1).tolist() == [3]
 
 
 def test_magnitude_breaks_ties_by_the_lower_index():
     ones = torch.ones(300, 4, dtype=torch.bfloat16)
-    assert select_rows_magnitude(ones, ones, ones.T, 77).tolist() == list(range(77))
+    assert top_rows(magnitude_scores(ones, ones, ones.T), 77).tolist() == list(range(77))
 
 
 def test_magnitude_refuses_nan():
     gate, up, down = mlp()
     up[3, 1] = float("nan")
     with pytest.raises(EvlaError, match="NaN"):
-        select_rows_magnitude(gate, up, down, 7)
+        top_rows(magnitude_scores(gate, up, down), 7)
 
 
 @pytest.mark.parametrize(("seed", "layer"), GOLDEN_ROWS)
@@ -142,7 +143,7 @@ def test_impossible_counts_are_refused(num_keep):
     with pytest.raises(EvlaError, match="Cannot keep"):
         select_rows_random(12, num_keep, seed=0, layer_index=0)
     with pytest.raises(EvlaError, match="Cannot keep"):
-        select_rows_magnitude(*mlp(), num_keep)
+        top_rows(magnitude_scores(*mlp()), num_keep)
 
 
 def block(gate, up, down, x):

@@ -21,6 +21,9 @@ Examples:
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--dtype", type=DTYPE_CHOICE, default="float32", show_default=True, help="To compute in.")
 @click.option("--memory-budget", metavar="SIZE", help="For hidden states, such as 2GiB; more go to a temporary file.")
+@click.option(
+    "--activations", "with_activations", is_flag=True, help="Also measure MLP channels, for --mlp-method activation."
+)
 @click.option("--figures", type=PATH, help="Also draw importance and similarity into this folder.")
 @device_option
 @json_option
@@ -34,6 +37,7 @@ def command(
     batch_size: int,
     dtype: str,
     memory_budget: str | None,
+    with_activations: bool,
     figures: Path | None,
     device: str,
     as_json: bool,
@@ -43,6 +47,9 @@ def command(
 
     The importance of a layer is 1 minus the mean cosine of its input and output over calibration samples: a layer that
     changes nothing scores 0. Layers are read one at a time, so a checkpoint need not fit into memory.
+
+    With --activations, importance.activations.safetensors is written beside importance.json: how large every MLP
+    channel is on the samples (root mean square). Pruning at another ratio needs no new analysis.
 
     Processes that torchrun starts share the samples; the first of them writes and prints.
     """
@@ -60,6 +67,7 @@ def command(
             device=own_device,
             dtype=dtype,
             memory_budget=memory_budget,
+            with_activations=with_activations,
             figures=figures,
             overwrite=overwrite,
             ranks=ranks,

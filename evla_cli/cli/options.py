@@ -47,7 +47,7 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
 
 
-METHOD_CHOICE = click.Choice(["prunenet", "magnitude", "random"])
+METHOD_CHOICE = click.Choice(["prunenet", "activation", "magnitude", "random"])
 SEED = click.IntRange(0, 2**63 - 1)
 DTYPE_CHOICE = click.Choice(["float32", "bfloat16", "float16"])
 

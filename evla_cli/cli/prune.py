@@ -2,7 +2,16 @@ from pathlib import Path
 
 import click
 
-from evla_cli.cli.options import METHOD_CHOICE, PATH, SEED, IdList, json_option, overwrite_option, quiet_option
+from evla_cli.cli.options import (
+    METHOD_CHOICE,
+    PATH,
+    SEED,
+    IdList,
+    device_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+)
 from evla_cli.errors import EvlaError
 
 EXAMPLE = """
@@ -10,6 +19,8 @@ EXAMPLE = """
 Examples:
   evla prune cogact-base/ pruned/ --importance importance.json --drop-layers 10 --mlp-prune-ratio 0.25
   evla prune llama/ pruned/ --drop-layer-ids 13,14,15
+  evla prune llama/ pruned/ --importance importance.json --drop-layers 8 --mlp-prune-ratio 0.25 \\
+      --mlp-method activation --refit --samples texts.jsonl
   evla prune cogact-base/ pruned/ --importance importance.json --keep-layers 22 --dry-run
   evla prune cogact-base/ again/ --plan pruned/prune_plan.yaml
 """
@@ -41,6 +52,19 @@ Examples:
 @click.option(
     "--plan", "plan_file", type=PATH, help="Follow a prune_plan.yaml of this very checkpoint instead of deciding anew."
 )
+@click.option("--refit", is_flag=True, help="Fit the layers that stay to the dense model on --samples.")
+@click.option("--samples", "data", type=PATH, help="For --refit: folder with samples.jsonl, or a file of texts.")
+@click.option(
+    "--refit-last-weight",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="How often the last position (a VLA's cognition token) counts in the fit, where others count once.",
+)
+@click.option("--num-samples", type=int, help="For --refit: use the first N samples (default: all).")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="For --refit.")
+@click.option("--memory-budget", metavar="SIZE", help="For --refit's hidden states; more go to a temporary file.")
+@device_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @json_option
 @quiet_option
@@ -57,6 +81,13 @@ def command(
     mlp_method: str,
     seed: int,
     plan_file: Path | None,
+    refit: bool,
+    data: Path | None,
+    refit_last_weight: float,
+    num_samples: int | None,
+    batch_size: int,
+    memory_budget: str | None,
+    device: str,
     dry_run: bool,
     as_json: bool,
     overwrite: bool,
@@ -64,14 +95,22 @@ def command(
     """Write a copy of SOURCE to DEST without its least important decoder layers and with narrower MLPs.
 
     DEST has SOURCE's own layout: layers are renumbered, the config is adapted, everything else is copied.
+
+    With --refit, the last linear layer of every MLP that stays is fit to the dense model's hidden states on calibration
+    samples, in closed form: it makes up for what was removed before it and in it.
     """
     decided = num_drop is not None or num_keep is not None or bool(drop_ids) or mlp_prune_ratio != 0
     if plan_file is None and not decided:
         raise EvlaError("Nothing to remove: give --drop-layers, --keep-layers, --drop-layer-ids or --mlp-prune-ratio.")
     if plan_file is not None and (decided or importance is not None):
         raise EvlaError("--plan says what goes; leave out --importance and the options that decide it.")
+    if refit != (data is not None):
+        raise EvlaError(
+            "--refit fits the layers that stay on calibration samples: give both --refit and --samples, or neither."
+        )
     from evla_cli import pipeline
     from evla_cli.evaluation.report import print_json, prune_table
+    from evla_cli.refitting import RefitOptions
 
     result = pipeline.prune(
         source,
@@ -85,6 +124,9 @@ def command(
         mlp_method=mlp_method,
         seed=seed,
         plan_file=plan_file,
+        refit=None
+        if data is None
+        else RefitOptions(data, num_samples, batch_size, refit_last_weight, device, memory_budget),
         dry_run=dry_run,
         overwrite=overwrite,
     )

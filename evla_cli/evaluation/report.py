@@ -61,7 +61,22 @@ def prune_table(result: "PruneResult") -> str:
     ]
     for name, distance in plan.how.get("mean_ks_distance", {}).items():
         lines.append(f"KS distance      {distance:.4f}  ({name} rows)")
+    for name, share in plan.how.get("removed_score_share", {}).items():
+        lines.append(f"score removed    {share:.1%}  ({name} rows)")
+    refit = plan.how.get("refit_report")
+    if refit:
+        lines.append(refit_table(refit))
     return "\n".join(lines)
+
+
+def refit_table(report: dict[str, Any]) -> str:
+    rows = []
+    for layer, entry in report["layers"].items():
+        before, after = entry["held_out_rms"]
+        ridge = "unchanged" if entry["ridge"] is None else f"{entry['ridge']:g}"
+        rows.append([str(layer), f"{before:.5f}", f"{after:.5f}", ridge])
+    note = f"Distance of hidden states from the dense model's on {report['num_held_out']} held-out samples of "
+    return table(["refit layer", "before", "after", "lambda"], rows) + f"\n{note}{report['num_samples']}."
 
 
 def inspection(source: Path) -> dict[str, Any]:

@@ -37,19 +37,36 @@ def prune_width(intermediate_size: int, mlp_prune_ratio: float, multiple: int | 
     return multiple * min(max(wanted, 1), intermediate_size // multiple)
 
 
-def select_rows_magnitude(gate: Tensor, up: Tensor, down: Tensor, num_keep: int) -> Tensor:
-    """The rows whose three weight vectors have the largest product of norms; ties go to the lower index.
+def magnitude_scores(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The product of the norms of a row's three weight vectors: (F, D), (F, D), (D, F) -> (F), float64.
 
-    The product bounds what one intermediate unit can add to the block's output for an input of norm 1, since
+    It bounds what one intermediate unit can add to the block's output for an input of norm 1, since
     |silu(g.x) (u.x)| |d| <= |g| |u| |d|; it does not change when scale moves between up and down.
     """
-    # gate, up (F, D), down (D, F) -> (F)
-    norms = (row_norms(gate), row_norms(up), _column_norms(down))
-    scores = norms[0] * norms[1] * norms[2]
+    return row_norms(gate) * row_norms(up) * _column_norms(down)
+
+
+def activation_scores(channel_rms: Tensor, down: Tensor) -> Tensor:
+    """What a unit adds to the block's output: its root mean square on calibration samples (F), seen at the input of
+    down (D, F), times the norm of its column -> (F), float64."""
+    return channel_rms.double() * _column_norms(down)
+
+
+def channel_energy(inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Sum of squares of down's inputs (B, T, F) over real positions (mask (B, T)) -> (F) float64; their number."""
+    rows = inputs.flatten(0, 1) if mask is None else inputs[mask.bool()]  # (N, F)
+    squares = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for piece in rows.split(64):
+        squares += piece.double().square().sum(dim=0)
+    return squares, len(rows)
+
+
+def top_rows(scores: Tensor, num_keep: int) -> Tensor:
+    """Rows of the highest scores (F); ties go to the lower index; ascending int64 (K)."""
     if not bool(torch.isfinite(scores).all()):
-        raise EvlaError("The MLP weights hold NaN or infinite values; rows cannot be ranked by magnitude.")
+        raise EvlaError("The scores of MLP rows hold NaN or infinite values; rows cannot be ranked.")
     _check_num_keep(num_keep, scores.numel())
-    return torch.sort(scores, descending=True, stable=True).indices[:num_keep].sort().values  # (K)
+    return torch.sort(scores, descending=True, stable=True).indices[:num_keep].sort().values
 
 
 def select_rows_random(intermediate_size: int, num_keep: int, seed: int, layer_index: int) -> Tensor:

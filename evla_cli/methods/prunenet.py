@@ -19,7 +19,6 @@ Letters: L layers, F intermediate size, D hidden size, K rows kept, B spectral b
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -29,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from evla_cli.errors import EvlaError, suggest
-from evla_cli.methods.mlp_pruning import row_norms
+from evla_cli.methods.mlp_pruning import row_norms, top_rows
+from evla_cli.methods.threads import single_threaded
 
 Distance = Callable[[Tensor], float]  # kept rows (K) -> KS statistic against the whole matrix
 Result = TypeVar("Result")
@@ -124,7 +124,7 @@ def train_policy(
     training = _spread(num_layers, num_training_layers)
     num_visits = len(training) * (episodes * chosen.visits + 1) + num_layers
     on_visit = None if progress is None else lambda done: progress(done, num_visits)
-    with _single_threaded() as num_threads, ThreadPool(num_threads) as workers:
+    with single_threaded() as num_threads, ThreadPool(num_threads) as workers:
         layers = _Layers(
             read_matrix, training, num_keep, chosen.policy, REWARDS[reward], dtype, seed, workers, on_visit
         )
@@ -156,7 +156,7 @@ def train_policy(
 
 def select_rows(policy: "Policy", gate: Tensor, num_keep: int) -> Tensor:
     """The policy's top rows of one matrix, ascending: no sampling, so two runs agree."""
-    with torch.no_grad(), _single_threaded():
+    with torch.no_grad(), single_threaded():
         features, _, _ = describe(type(policy), gate, policy.dtype)
         return top_rows(policy(features), num_keep)
 
@@ -168,13 +168,6 @@ def describe(policy_type: type["Policy"], matrix: Tensor, dtype: torch.dtype) ->
     if dtype != torch.float64 and not bool(spectrum.all()):
         return describe(policy_type, matrix, torch.float64)
     return features, spectrum, gram
-
-
-def top_rows(scores: Tensor, num_keep: int) -> Tensor:
-    """Rows of the highest scores; ties go to the lower index; ascending int64."""
-    if not 1 <= num_keep <= scores.numel():
-        raise EvlaError(f"Cannot keep {num_keep} of {scores.numel()} MLP rows; keep 1 to {scores.numel()}.")
-    return torch.sort(scores, descending=True, stable=True).indices[:num_keep].sort().values
 
 
 # The policies
@@ -499,17 +492,6 @@ def _spread(num_layers: int, num_chosen: int) -> tuple[int, ...]:
     """The middle layers of `num_chosen` equal parts."""
     num_chosen = min(num_chosen, num_layers)
     return tuple((2 * part + 1) * num_layers // (2 * num_chosen) for part in range(num_chosen))
-
-
-@contextmanager
-def _single_threaded() -> Iterator[int]:
-    """No operation is split over threads: that would change the order of sums. Yields how many threads there were."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield num_threads
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _quality(sweep: Sequence[_Choice]) -> RowQuality:

@@ -182,6 +182,20 @@ class DecoderStream:
                 handle.remove()
 
 
+@contextmanager
+def captured_inputs(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """The first argument of every call of `module` inside the block; nothing without a module."""
+    seen: list[Tensor] = []
+    if module is None:
+        yield seen
+        return
+    handle = module.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 class _Recorder(nn.Module):
     """Stands where a decoder layer stood: keeps what it is called with and passes the hidden states on."""
 
