@@ -178,7 +178,7 @@ def test_the_pruned_model_is_nearer_to_the_dense_one(decoders, text_samples, ref
 
 
 def test_padding_and_batches_do_not_matter(decoders, text_samples, refit, tmp_path):
-    for size, budget in ((1, None), (5, "1")):
+    for size, budget in ((1, None), (5, "0.001KB")):
         options = RefitOptions(text_samples, batch_size=size, memory_budget=budget)
         pipeline.prune(decoders("llama"), tmp_path / "other", refit=options, overwrite=True, **PRUNED)
         for ours, theirs in zip(down_projections(tmp_path / "other"), down_projections(refit), strict=True):

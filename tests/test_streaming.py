@@ -215,7 +215,7 @@ class TestDecoderStream:
             pipeline.analyze(cogact_run, image_samples)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    @pytest.mark.parametrize("budget", [None, "1"])
+    @pytest.mark.parametrize("budget", [None, "0.001KB"])
     def test_on_a_gpu(self, cogact_run, image_samples, budget):
         found = pipeline.analyze(cogact_run, image_samples, device="cuda", memory_budget=budget, with_action_head=True)
         expected = pipeline.analyze(cogact_run, image_samples)
