@@ -130,8 +130,7 @@ def _root_mean_square(energies: list[tuple[Tensor, int]]) -> LazyTensor:
     for squares, rows in energies:
         total += squares.cpu()
         count += rows
-    value = (total / count).sqrt().float()
-    return LazyTensor(value.dtype, tuple(value.shape), lambda: value)
+    return LazyTensor.of((total / count).sqrt().float())
 
 
 @contextmanager

@@ -96,9 +96,8 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
         for position, (layer, fit) in enumerate(_walk(stream, student, checkpoint, plan)):
             layers[layer] = {"ridge": fit.ridge, "held_out_rms": list(fit.rms)}
             if fit.weight is not None:
-                weight = done.hold(fit.weight.cpu())
                 name = f"{checkpoint.layer_prefix}.{position}.mlp.down_proj.weight"
-                weights[name] = LazyTensor(weight.dtype, tuple(weight.shape), lambda weight=weight: weight)  # type: ignore[misc]
+                weights[name] = LazyTensor.of(done.hold(fit.weight.cpu()))
             bar.update()
     return weights, settings | {"layers": layers}
 
@@ -172,9 +171,9 @@ class _Student:
         self._fits = [torch.arange(start, start + count) < num_fit for start, count in zip(starts, counts, strict=True)]
         self._checked = False
 
-    def pass_through(self, layer: nn.Module, arguments: list[dict[str, Any]], stored: torch.dtype) -> _Fit:
+    def pass_through(self, layer: Any, arguments: list[dict[str, Any]], stored: torch.dtype) -> _Fit:
         """Fit the layer to the teacher, then take the hidden states through it."""
-        down: nn.Linear = layer.mlp.down_proj  # type: ignore[union-attr, assignment]
+        down: nn.Linear = layer.mlp.down_proj
         if not self._checked:
             self._check_addition(layer, arguments[0])
             self._checked = True
@@ -187,7 +186,7 @@ class _Student:
                 raise EvlaError("The pruned layers give NaN or infinite hidden states; they cannot be refit.")
         return fit
 
-    def _fit(self, layer: nn.Module, down: nn.Linear, arguments: list[dict[str, Any]], stored: torch.dtype) -> _Fit:
+    def _fit(self, layer: Any, down: nn.Linear, arguments: list[dict[str, Any]], stored: torch.dtype) -> _Fit:
         equations = NormalEquations(down.in_features, down.out_features, down.weight.device)
         for inputs, residual, weights in self._rows(layer, arguments, to_fit=True):
             equations.add(inputs, residual, weights)
@@ -210,7 +209,7 @@ class _Student:
         return _Fit(candidates[best], ridges[best], (before, after))
 
     def _rows(
-        self, layer: nn.Module, arguments: list[dict[str, Any]], to_fit: bool
+        self, layer: Any, arguments: list[dict[str, Any]], to_fit: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """By batch, at real positions: what goes into down_proj (N, K), what the layer's output lacks (N, D), and how
         often each position counts (N)."""
@@ -226,16 +225,16 @@ class _Student:
             rows = (real & chosen[:, None]).to(output.device)  # (B, T)
             yield inputs[rows], teacher[rows] - output[rows], weights.to(output.device)[rows]
 
-    def _run(self, layer: nn.Module, number: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _run(self, layer: Any, number: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A batch through the layer: what goes into down_proj (B, T, K), and the layer's output (B, T, D)."""
         hidden_states, arguments = move((self._hidden_states[number], arguments), self._stream.device)
-        with captured_inputs(layer.mlp.down_proj) as seen:  # type: ignore[union-attr, arg-type]
+        with captured_inputs(layer.mlp.down_proj) as seen:
             output = layer(hidden_states, **arguments)
         return seen[0], output
 
-    def _check_addition(self, layer: nn.Module, arguments: dict[str, Any]) -> None:
+    def _check_addition(self, layer: Any, arguments: dict[str, Any]) -> None:
         """Errors: the layer's output is not down_proj's output plus something that does not depend on it."""
-        down: nn.Linear = layer.mlp.down_proj  # type: ignore[union-attr, assignment]
+        down: nn.Linear = layer.mlp.down_proj
         inputs, output = self._run(layer, 0, arguments)
         handle = down.register_forward_hook(lambda _module, _inputs, added: torch.zeros_like(added))
         try:

@@ -40,6 +40,11 @@ class LazyTensor:
             return self
         return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "LazyTensor":
+        """One that is loaded already."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
 
 LazyTensors = dict[str, LazyTensor]
 T = TypeVar("T")

@@ -39,9 +39,9 @@ from evla_cli.models.processing import CogACTProcessor
 from evla_cli.models.skeleton import build_skeleton, check_device
 from evla_cli.models.tiled_linear import multiplies_natively
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
+from evla_cli.schema import SCHEMA_VERSION
 from evla_cli.settings import InferenceSettings
 
-SCHEMA_VERSION = 1
 BASELINES = ("stock", "neutral")
 _MAX_VISITS = 3  # of each model where not all fit at once
 _FREE_SHARE = 0.9  # of the memory that is left, for weights

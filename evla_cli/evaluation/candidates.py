@@ -1,4 +1,4 @@
-"""What `evla bench` and `evla compare` are given: checkpoints and bundles, and the settings each is run with."""
+"""What is measured: checkpoints and bundles, and the settings each is run with."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,10 +32,7 @@ class Candidate:
         return self.checkpoint.family.build_config(self.checkpoint.config)
 
     def check_settings(self) -> None:
-        config, head = self.config, self.config.action_config
-        self.settings.check(
-            config.num_visual_tokens, self.checkpoint.num_layers, head.num_hidden_layers, head.num_train_steps
-        )
+        check_settings(self.settings, self.checkpoint)
 
 
 def open_candidates(paths: Sequence[Path], num_denoise_steps: int | None = None) -> list[Candidate]:
@@ -43,15 +40,32 @@ def open_candidates(paths: Sequence[Path], num_denoise_steps: int | None = None)
     candidates = []
     for label, path in zip(_labels(paths), paths, strict=True):
         checkpoint = open_acting(path)
-        settings = InferenceSettings()
-        if checkpoint.layout == "bundle":
-            open_bundle(checkpoint.root)
-            settings = InferenceSettings.load(checkpoint.root / SETTINGS)
-        if num_denoise_steps is not None:
-            settings = replace(settings, diffusion=replace(settings.diffusion, num_denoise_steps=num_denoise_steps))
+        settings = with_denoise_steps(own_settings(checkpoint), num_denoise_steps)
         candidates.append(Candidate(label, path, checkpoint, settings))
         candidates[-1].check_settings()
     return candidates
+
+
+def own_settings(checkpoint: Checkpoint) -> InferenceSettings:
+    """A bundle's; neutral ones for any other checkpoint."""
+    if checkpoint.layout != "bundle":
+        return InferenceSettings()
+    open_bundle(checkpoint.root)
+    return InferenceSettings.load(checkpoint.root / SETTINGS)
+
+
+def with_denoise_steps(settings: InferenceSettings, num_denoise_steps: int | None) -> InferenceSettings:
+    """The same settings where `num_denoise_steps` is None."""
+    if num_denoise_steps is None:
+        return settings
+    return replace(settings, diffusion=replace(settings.diffusion, num_denoise_steps=num_denoise_steps))
+
+
+def check_settings(settings: InferenceSettings, checkpoint: Checkpoint) -> None:
+    """Errors: the model cannot obey them."""
+    config = checkpoint.family.build_config(checkpoint.config)
+    head = config.action_config
+    settings.check(config.num_visual_tokens, checkpoint.num_layers, head.num_hidden_layers, head.num_train_steps)
 
 
 def neutral(settings: InferenceSettings) -> InferenceSettings:

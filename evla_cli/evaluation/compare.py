@@ -22,9 +22,8 @@ from evla_cli.models.skeleton import check_device
 from evla_cli.plan import PLAN, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.policy import Policy, policy_from_weights
+from evla_cli.schema import SCHEMA_VERSION
 from evla_cli.settings import InferenceSettings, VisualTokenSettings
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)

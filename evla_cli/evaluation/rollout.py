@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, library_versions
+from evla_cli.checkpoint.bundle import MANIFEST, library_versions
 from evla_cli.checkpoint.files import read_yaml, sha256_file
 from evla_cli.errors import EvlaError, suggest
+from evla_cli.evaluation.candidates import check_settings, own_settings, with_denoise_steps
 from evla_cli.evaluation.episode_log import EpisodeLog
 from evla_cli.evaluation.success import summarize
 from evla_cli.evaluation.suites import Outcome, Suite, Trial, load_suite
@@ -20,11 +21,10 @@ from evla_cli.evaluation.workers import run_jobs
 from evla_cli.families import open_checkpoint
 from evla_cli.models.skeleton import check_device
 from evla_cli.progress import progress_bar
-from evla_cli.runtime.policy import Policy, policy_from_checkpoint
-from evla_cli.schema import check_schema_version, from_mapping
+from evla_cli.runtime.policy import Policy, open_acting, policy_from_checkpoint
+from evla_cli.schema import SCHEMA_VERSION, check_schema_version, from_mapping
 from evla_cli.settings import InferenceSettings
 
-SCHEMA_VERSION = 1
 NUM_NOISE_STREAMS = 10**5
 
 
@@ -86,11 +86,10 @@ def open_candidates(given: Sequence[Path], num_denoise_steps: int | None = None)
     Errors: one that cannot act or obey its settings; two of one name.
     """
     candidates = [candidate for path in given for candidate in _opened(path)]
-    if num_denoise_steps is not None:
-        candidates = [
-            replace(candidate, settings=_with_denoise_steps(candidate.settings, num_denoise_steps))
-            for candidate in candidates
-        ]
+    candidates = [
+        replace(candidate, settings=with_denoise_steps(candidate.settings, num_denoise_steps))
+        for candidate in candidates
+    ]
     names = [candidate.name for candidate in candidates]
     for name in names:
         if names.count(name) > 1:
@@ -107,7 +106,7 @@ def _opened(path: Path) -> list[Candidate]:
             Candidate(
                 entry.name,
                 path.parent / entry.checkpoint,
-                entry.settings or _own_settings(path.parent / entry.checkpoint),
+                entry.settings or own_settings(open_acting(path.parent / entry.checkpoint)),
                 entry.noise_stream,
             )
             for entry in listed.candidates
@@ -116,28 +115,13 @@ def _opened(path: Path) -> list[Candidate]:
     if at and not path.exists():
         name = f"{Path(checkpoint).resolve().name}@{Path(settings).stem}"
         return [Candidate(name, Path(checkpoint), InferenceSettings.load(Path(settings)))]
-    return [Candidate(path.resolve().name, path, _own_settings(path))]
-
-
-def _own_settings(path: Path) -> InferenceSettings:
-    checkpoint = open_checkpoint(path)
-    return InferenceSettings.load(checkpoint.root / SETTINGS) if checkpoint.layout == "bundle" else InferenceSettings()
-
-
-def _with_denoise_steps(settings: InferenceSettings, steps: int) -> InferenceSettings:
-    return replace(settings, diffusion=replace(settings.diffusion, num_denoise_steps=steps))
+    return [Candidate(path.resolve().name, path, own_settings(open_acting(path)))]
 
 
 def _check(candidate: Candidate) -> None:
-    checkpoint = open_checkpoint(candidate.path)
-    if not checkpoint.family.has_action_head:
-        raise EvlaError(f"{candidate.path} has no action head: only a vision-language-action model can act.")
-    config = checkpoint.family.build_config(checkpoint.config)
-    head = config.action_config
+    checkpoint = open_acting(candidate.path)
     try:
-        candidate.settings.check(
-            config.num_visual_tokens, checkpoint.num_layers, head.num_hidden_layers, head.num_train_steps
-        )
+        check_settings(candidate.settings, checkpoint)
     except EvlaError as error:
         raise EvlaError(f"{candidate.name}: {error}") from error
 
