@@ -60,6 +60,7 @@ def main() -> None:
     llama = LLAMAS.get(size) or tuple(int(part) for part in size.split("x") if part.isdecimal())
     if size not in COGACT_HEADS if arguments.family == "cogact" else len(llama) != 5:
         parser.error(f"--size {size} is none of {sizes_help}.")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with new_directory(arguments.out, overwrite=False) as staging:
         if arguments.family == "cogact":
             write_cogact(staging, size, dtype, arguments.seed)
