@@ -10,12 +10,10 @@ from evla_cli.checkpoint.bundle import (
     differing_files,
     open_bundle,
     open_manifest,
-    start_hashing,
     write_manifest,
 )
 from evla_cli.checkpoint.files import copy_file, write_json, write_text, write_yaml
-from evla_cli.checkpoint.read_ahead import ReadAheadHash
-from evla_cli.checkpoint.tensors import LazyTensors, load_finite, total_bytes, total_elements
+from evla_cli.checkpoint.tensors import load_finite, total_bytes, total_elements
 from evla_cli.errors import CheckFailed, EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import TOKENIZER_FILES, Checkpoint
@@ -81,13 +79,17 @@ def verify_bundle(root: Path) -> dict[str, Any]:
     check_is_bundle(root)
     try:
         bundle = open_manifest(root)
-        hashing = start_hashing(bundle)
-        problem = None
+        problem, digests = None, None
         try:
-            weights = _check_contents(root, hashing)
+            checkpoint = open_checkpoint(root)
+            hashing = checkpoint.reader.start_hashing()
+            _check_contents(checkpoint)
+            digests = hashing.digests()
+        except OSError:  # the hashes, which read the files again, tell what it is
+            pass
         except EvlaError as error:  # of a file that was changed, that is the thing to say
             problem = error
-        changed = differing_files(bundle, hashing)
+        changed = differing_files(bundle, digests)
         if changed:
             raise EvlaError(
                 f"{root}: {len(changed)} files differ from the manifest (first: {changed[0]})."
@@ -96,24 +98,22 @@ def verify_bundle(root: Path) -> dict[str, Any]:
             raise problem
     except EvlaError as error:
         raise CheckFailed(str(error)) from error
+    weights = checkpoint.weights
     return {"files": len(bundle.files), "tensors": len(weights), "bytes": total_bytes(weights)}
 
 
-def _check_contents(root: Path, hashing: ReadAheadHash) -> LazyTensors:
-    """The weights, after everything but the hashes was checked, behind `hashing` and so from the page cache."""
-    checkpoint = open_checkpoint(root)
+def _check_contents(checkpoint: Checkpoint) -> None:
+    """Everything but the hashes."""
+    root = checkpoint.root
     if checkpoint.layout == "bundle":
         open_bundle(root)
         check_export(checkpoint, InferenceSettings.load(root / SETTINGS))
     else:
         checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, root)
-    total = total_bytes(checkpoint.weights)
-    with progress_bar("verifying", total, "B") as bar:
+    with progress_bar("verifying", total_bytes(checkpoint.weights), "B") as bar:
         for name, lazy in checkpoint.weights.items():
             load_finite(name, lazy)
-            hashing.advance(lazy.num_bytes / total)
             bar.update(lazy.num_bytes)
-    return checkpoint.weights
 
 
 def check_export(checkpoint: Checkpoint, settings: InferenceSettings, num_layers: int | None = None) -> None:

@@ -75,7 +75,9 @@ def analyze(
     mine = samples[batches.start * batch_size : batches.stop * batch_size]
     if channel_rms is not None:
         _mlp_names(checkpoint)
-    reader, weight_bytes = checkpoint.reader, total_bytes(checkpoint.weights)
+    reader = checkpoint.reader
+    if ranks.first:  # it alone hashes the checkpoint
+        reader.start_reading()
     with torch.inference_mode(), _out_of_memory(device):
         stream = DecoderStream(
             checkpoint,
@@ -84,8 +86,6 @@ def analyze(
             DTYPES[dtype],
             device,
             memory_budget=None if memory_budget is None else parse_size(memory_budget),
-            # The first rank alone hashes the checkpoint.
-            on_bytes=(lambda count: reader.read_ahead.advance(count / weight_bytes)) if ranks.first else None,
         )
         scores = []
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
@@ -271,12 +271,12 @@ def prune(
         plan, pruned = decide()
         return _result(identified(plan), reader.tensors, pruned)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
-        reader.read_ahead.advance(0)  # hashing begins
+        reader.start_reading()
         plan, pruned = decide()
         check_space(staging.parent, total_bytes(pruned))
         if refit is not None:
             plan, pruned = refitted(plan, pruned, refit)
-        with _byte_progress("writing", pruned, reader) as on_bytes:
+        with _byte_progress("writing", pruned) as on_bytes:
             hashes = checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
         plan = identified(plan)
         write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
@@ -384,16 +384,10 @@ def _result(plan: PrunePlan, before: LazyTensors, after: LazyTensors) -> PruneRe
 
 
 @contextmanager
-def _byte_progress(description: str, tensors: LazyTensors, reader: CheckpointReader) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the bytes of `tensors`, which also tells `reader` how far the work on its files is."""
-    total = total_bytes(tensors)
-    with progress_bar(description, total, "B") as bar:
-
-        def on_bytes(num_bytes: int) -> None:
-            bar.update(num_bytes)
-            reader.read_ahead.advance(num_bytes / total)
-
-        yield on_bytes
+def _byte_progress(description: str, tensors: LazyTensors) -> Iterator[Callable[[int], Any]]:
+    """A progress bar over the bytes of `tensors`."""
+    with progress_bar(description, total_bytes(tensors), "B") as bar:
+        yield bar.update
 
 
 def _num_protected(checkpoint: Checkpoint, protect_first: int | None) -> int:
@@ -491,12 +485,12 @@ def export(
     checkpoint = open_checkpoint(source)
     shard_bytes = parse_size(max_shard_size)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
-        checkpoint.reader.read_ahead.advance(0)  # hashing begins
+        checkpoint.reader.start_reading()
         check_export(checkpoint, settings)
         weights = cast(checkpoint.weights, dtype)
         check_space(staging.parent, total_bytes(weights))
-        with _byte_progress("exporting", weights, checkpoint.reader) as on_bytes:
-            hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes, cached=True)
+        with _byte_progress("exporting", weights) as on_bytes:
+            hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
         facts = verify_bundle(staging)
         checkpoint.reader.check_unchanged()

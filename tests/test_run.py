@@ -163,9 +163,9 @@ def read_bytes(monkeypatch) -> list[Path]:
         return sha256_file(path)
 
     class Recorded(ReadAheadHash):
-        def __init__(self, files: Any, *arguments: Any):
+        def __init__(self, files: Any, **options: Any):
             read.extend(files)
-            super().__init__(files, *arguments)
+            super().__init__(files, **options)
 
     for module in (bundle, running):
         monkeypatch.setattr(module, "sha256_file", recorded)

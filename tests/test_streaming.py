@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
-from evla_cli.checkpoint import output_file
+from evla_cli.checkpoint import output_file, read_ahead
+from evla_cli.checkpoint.mapped_file import MappedFile
 from evla_cli.checkpoint.output_file import OutputFile
-from evla_cli.checkpoint.read_ahead import ReadAheadHash
-from evla_cli.checkpoint.tensors import LazyTensor, is_finite, prepared
+from evla_cli.checkpoint.page_cache import ColdRegions, _absent
+from evla_cli.checkpoint.read_ahead import ReadAheadHash, start_early
+from evla_cli.checkpoint.tensors import LazyTensor, is_finite, prepared, tensor_bytes
 from evla_cli.checkpoint.torch_format import write_torch
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
@@ -287,8 +289,9 @@ class TestReadAhead:
 
     def test_stays_a_window_ahead_of_the_work(self, tmp_path, monkeypatch):
         monkeypatch.setattr("evla_cli.checkpoint.read_ahead._CHUNK_BYTES", 1000)
+        monkeypatch.setattr("evla_cli.checkpoint.page_cache._absent", lambda path: [True])
         files = self.write(tmp_path)
-        ahead = ReadAheadHash(files, ahead_bytes=2000)
+        ahead = ReadAheadHash(files, ahead_bytes=1000, start_bytes=2000)
 
         def settles_at() -> int:
             seen = -1
@@ -299,11 +302,60 @@ class TestReadAhead:
                 seen = ahead.read_bytes
             raise AssertionError("never settles")
 
-        assert settles_at() == 3000  # the window, and the chunk that crosses it
-        ahead.advance(0.25)  # 2000 of 8000 bytes
+        assert settles_at() == 3000  # what is read before the work begins, and the chunk that crosses it
+        work = MappedFile(files[1])
+        ahead.follow([work])
+        work.tensor("a", torch.uint8, (10,), 500, 5000).load()  # at byte 3500 of both files
         assert settles_at() == 5000
         assert len(ahead.digests()) == 2
         assert ahead.read_bytes == 8000
+
+    def test_does_not_wait_for_the_work_where_the_file_is_in_memory_anyway(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("evla_cli.checkpoint.page_cache._absent", lambda path: [False])
+        ahead = ReadAheadHash(self.write(tmp_path), ahead_bytes=0, start_bytes=0)
+        ahead._thread.join(20)
+        assert ahead.read_bytes == 8000
+
+    def test_known_hashes_are_not_computed_again(self, tmp_path):
+        files = self.write(tmp_path)
+        digests = ReadAheadHash(files, known={files[0]: "known"}).digests()
+        assert digests == {files[0]: "known", files[1]: hashlib.sha256(files[1].read_bytes()).hexdigest()}
+
+    @pytest.mark.parametrize("warm", [False, True])
+    def test_leaves_the_page_cache_as_it_was(self, tmp_path, warm):
+        """What was not in it is dropped behind the work, what was in it stays; the values are the same."""
+        path = tmp_path / "f"
+        values = torch.arange(2**23)  # 64 MiB
+        path.write_bytes(tensor_bytes(values))
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not all(_absent(path)):
+                pytest.skip("this file system keeps what it is asked to drop")
+            if warm:
+                file.read()
+        work = MappedFile(path)
+        pieces = [work.tensor(str(n), torch.int64, (2**18,), n * 2**21, 2**26) for n in range(32)]
+        ahead = ReadAheadHash([path])
+        ahead.follow([work])
+        ahead._thread.join(20)  # everything has been read and nothing used
+        held = [piece.load() for piece in pieces]
+        assert _absent(path) == [not warm, not warm, False, False]  # 12 tensors of 2 MiB are kept
+        assert torch.equal(torch.cat(held), values)
+
+    def test_a_part_that_lies_elsewhere_is_no_progress(self, tmp_path):
+        """A projector at the end of the file that is read before the layers: their pages must not be dropped."""
+        path = tmp_path / "f"
+        path.write_bytes(bytes(2**26))
+        work = MappedFile(path)
+        ahead = ReadAheadHash([path])
+        ahead.follow([work])
+        ahead.digests()
+        ahead._cold[path] = everything = ColdRegions(path)
+        everything._cold = [True] * 4
+        for number in (0, 1, 31, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12):
+            work.tensor("a", torch.uint8, (1,), number * 2**21, 2**26).load()
+        assert everything._next == 0
 
     def test_a_file_that_vanishes(self, tmp_path):
         files = self.write(tmp_path)
@@ -311,6 +363,31 @@ class TestReadAhead:
         ahead.digests()
         with pytest.raises(FileNotFoundError):
             ReadAheadHash([tmp_path / "none"])
+
+
+class TestEarlyStart:
+    """Reading begins before the libraries are imported that are needed to open a checkpoint."""
+
+    @pytest.mark.parametrize("name", ["", "checkpoints/pico.pt"])
+    def test_the_reader_takes_over_what_was_begun(self, cogact_run, name):
+        start_early(cogact_run / name)
+        ((_, begun),) = read_ahead._early
+        reader = open_checkpoint(cogact_run / name).reader
+        assert reader.read_ahead is begun
+        assert reader.sha256 == hashlib.sha256((cogact_run / "checkpoints/pico.pt").read_bytes()).hexdigest()
+        assert read_ahead._early == []
+
+    def test_not_if_the_file_changed_meanwhile(self, cogact_run, tmp_path):
+        run = shutil.copytree(cogact_run, tmp_path / "run")
+        start_early(run)
+        ((_, begun),) = read_ahead._early
+        os.utime(run / "checkpoints/pico.pt")
+        assert open_checkpoint(run).reader.read_ahead is not begun
+
+    def test_nothing_to_begin_with(self, tmp_path):
+        start_early(tmp_path / "none")
+        start_early(tmp_path)
+        assert read_ahead._early == []
 
 
 @pytest.fixture
@@ -326,12 +403,11 @@ def direct(tmp_path):
 
 
 class TestOutputFile:
-    @pytest.mark.parametrize("cached", [False, True])
     @pytest.mark.parametrize("sizes", [[], [1], [8192], [3, 0, 4096, 5000], [4096, 20_000, 1], [12_288 * 20]])
-    def test_holds_what_was_written(self, sizes, cached, tmp_path, monkeypatch):
+    def test_holds_what_was_written(self, sizes, tmp_path, monkeypatch):
         monkeypatch.setattr(output_file, "_BUFFER_BYTES", 12_288)
         parts = [np.random.default_rng(size).bytes(size) for size in sizes]
-        file = write_all(tmp_path / "f", parts, cached)
+        file = write_all(tmp_path / "f", parts)
         assert file.position == sum(sizes)
         assert (tmp_path / "f").read_bytes() == b"".join(parts)
         assert file.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
@@ -383,10 +459,9 @@ class TestOutputFile:
         monkeypatch.setattr(output_file.os, "fdatasync", broken)
         monkeypatch.setattr(output_file, "_SYNC_BYTES", 1)
         with pytest.raises(OSError, match="Input/output"):
-            write_all(tmp_path / "f", [b"abc"], cached=True)
+            write_all(tmp_path / "f", [b"abc"])
 
-    @pytest.mark.parametrize("cached", [False, True])
-    def test_only_what_is_read_next_is_cached(self, cached, direct, tmp_path, monkeypatch):
+    def test_bypasses_the_page_cache(self, direct, tmp_path, monkeypatch):
         write, flags = os.write, []
 
         def noted(descriptor: int, data: memoryview) -> int:
@@ -394,8 +469,8 @@ class TestOutputFile:
             return write(descriptor, data)
 
         monkeypatch.setattr(output_file.os, "write", noted)
-        write_all(tmp_path / "f", [bytes(2**20)], cached)
-        assert flags == [not cached]
+        write_all(tmp_path / "f", [bytes(2**20)])
+        assert flags == [True]
 
     def test_an_error_of_the_caller_is_not_hidden_by_one_of_the_disk(self, tmp_path, monkeypatch):
         monkeypatch.setattr(output_file.os, "write", lambda *_: 1 / 0)
@@ -408,8 +483,8 @@ class TestOutputFile:
             write_all(tmp_path / "f", parts())
 
 
-def write_all(path: Path, parts: Iterable[bytes], cached: bool = False) -> OutputFile:
-    with OutputFile(path, cached) as file:
+def write_all(path: Path, parts: Iterable[bytes]) -> OutputFile:
+    with OutputFile(path) as file:
         for part in parts:
             file.write(part)
     return file

@@ -106,15 +106,11 @@ def check_is_bundle(root: Path) -> None:
         raise EvlaError(f"{root} is not a bundle (no {MANIFEST}); make one with evla export.")
 
 
-def start_hashing(bundle: Bundle) -> ReadAheadHash:
-    """Of every file that the manifest lists, in the background."""
-    return ReadAheadHash([bundle.root / name for name in bundle.files])
-
-
-def differing_files(bundle: Bundle, hashing: ReadAheadHash | None = None) -> list[str]:
-    """Files whose SHA-256 is not the manifest's. Reads every byte, if `hashing` has not done so yet."""
+def differing_files(bundle: Bundle, known: Mapping[Path, str] | None = None) -> list[str]:
+    """Files whose SHA-256 is not the manifest's. Reads every byte of those whose hash is not `known`."""
+    digests = dict(known or {})
     try:
-        digests = (hashing or start_hashing(bundle)).digests()
+        digests |= ReadAheadHash([p for name in bundle.files if (p := bundle.root / name) not in digests]).digests()
     except OSError as error:
         raise EvlaError(f"Cannot read {bundle.root}: {error.strerror}.") from error
     return [name for name, entry in bundle.files.items() if digests[bundle.root / name] != entry.sha256]

@@ -1,6 +1,9 @@
 """Tensors that are views of a memory-mapped file: nothing is read before it is used, nothing is copied."""
 
+from __future__ import annotations
+
 import mmap
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,6 +29,7 @@ class MappedFile:
         except OSError as error:
             raise EvlaError(f"Cannot read {path}: {error.strerror}.") from error
         self._map: mmap.mmap | None = None
+        self.on_use: Callable[[MappedFile, int], None] | None = None  # told of the byte at which a tensor begins
 
     def tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int, limit: int) -> LazyTensor:
         """The row-major tensor at byte `offset`, which must end before byte `limit`."""
@@ -36,7 +40,12 @@ class MappedFile:
             raise EvlaError(
                 f"{self.path.name} is truncated or corrupt: {name} ({num_bytes} bytes) runs past the end of its data."
             )
-        return LazyTensor(dtype, shape, partial(self._view, dtype, shape, offset))
+        return LazyTensor(dtype, shape, partial(self._view, dtype, shape, offset), self)
+
+    def unmap(self, begin: int, size: int) -> None:
+        """The mapping lets go of these pages, which are read from the file again if they are used again."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, min(size, self.size - begin))
 
     def _view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
         count = prod(shape)
@@ -48,4 +57,6 @@ class MappedFile:
                     raise EvlaError(f"{self.path} changed while it was being read; run the command again.")
                 # Private and writable rather than read-only: torch warns about buffers that it could not write to.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if self.on_use is not None:
+            self.on_use(self, offset)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)

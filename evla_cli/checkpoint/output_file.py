@@ -28,15 +28,10 @@ class OutputFile:
     What is written is gathered in a few buffers, used in turn. One thread hashes each, another writes it straight to
     the disk (O_DIRECT, where the file system has it): a cached copy of gigabytes that nobody is about to read costs
     more processor time than all the rest, and pushes out of the page cache what is still to be read.
-
-    Args:
-        cached: write through the page cache, for a file that is read next.
     """
 
-    def __init__(self, path: Path, cached: bool = False):
+    def __init__(self, path: Path):
         self._descriptor = _create(path)
-        if cached:
-            _use_cache(self._descriptor)
         self._syncing = _Worker(lambda _: os.fdatasync(self._descriptor), done=lambda _: None)
         self._unsynced = 0
         self._digest = hashlib.sha256()

@@ -1,38 +1,75 @@
-"""Hash files in the background, a little ahead of who uses them: one read from disk serves the hash and the work."""
+"""Hash files in the background, a little ahead of who uses them, and clear up behind.
+
+One read from the disk serves the hash and the work, which finds in the page cache what was just read. What was not
+there before is dropped again once it was used. So a checkpoint of any size takes a bounded part of the page cache and
+leaves what other programs have in it; and the system hands out the same pages again, which can be ten times as fast as
+clearing new ones.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from io import FileIO
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evla_cli.checkpoint.files import Stamp, file_stamp
+from evla_cli.checkpoint.page_cache import ColdRegions
+from evla_cli.errors import EvlaError
+
+if TYPE_CHECKING:
+    from evla_cli.checkpoint.mapped_file import MappedFile
 
 _CHUNK_BYTES = 2**20  # what the processor's cache holds between reading and hashing
-# How far the hash runs ahead of the work. Far enough that the disk never waits for a layer to be computed, near enough
-# that what was read is still in the page cache when the work comes to it.
-_AHEAD_BYTES = 2 * 2**30
+# How far the hash runs ahead of the work: far enough that the disk need not wait for a layer to be computed, or at the
+# start for libraries to be imported; near enough that what was read is still in the page cache when the work comes.
+_AHEAD_BYTES = 768 * 2**20
+_START_BYTES = min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 6)
+_NUM_RECENT = 12  # tensors that the work may still need: a layer's weights
 
 
 class ReadAheadHash:
     """SHA-256 of files, read front to back, one after the other, by a thread of its own.
 
-    The thread stays a bounded number of bytes ahead of the work, whose progress `advance` tells. `read_bytes` is how
-    far it is.
+    The thread stays a bounded number of bytes ahead of the work, which is where one of the `follow`ed files was used
+    last. `read_bytes` is how far it is.
+
+    Args:
+        known: hashes of some of the files, which are read ahead all the same.
     """
 
-    def __init__(self, files: Sequence[Path], ahead_bytes: int = _AHEAD_BYTES):
-        self._files, self._ahead_bytes = files, ahead_bytes
-        self._total_bytes = sum(path.stat().st_size for path in files)
-        self._progress = 0.0
+    def __init__(
+        self,
+        files: Sequence[Path],
+        ahead_bytes: int = _AHEAD_BYTES,
+        start_bytes: int = _START_BYTES,
+        known: dict[Path, str] | None = None,
+    ):
+        self._files = files
+        sizes = [path.stat().st_size for path in files]
+        self._starts = dict(zip(files, accumulate(sizes, initial=0), strict=False))
+        self._ahead_bytes, self._allowed = ahead_bytes, start_bytes
+        self._lock = threading.Lock()
+        self._used: deque[int] = deque(maxlen=_NUM_RECENT)  # bytes, of all files together, at which the work was
+        self._cold: dict[Path, ColdRegions] = {}
         self.read_bytes = 0
         self._hurry = threading.Event()
-        self._digests: dict[Path, str] = {}
+        self._digests = {path: digest for path, digest in (known or {}).items() if path in self._starts}
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="evla-read-ahead", daemon=True)
         self._thread.start()
 
-    def advance(self, fraction: float) -> None:
-        """So much more of the work is done, as a fraction of all of it."""
-        self._progress += fraction
+    def follow(self, files: Iterable[MappedFile]) -> None:
+        """The work is where these files are asked for tensors; what lies behind it is dropped from the page cache."""
+        for file in files:
+            if file.path in self._starts:
+                file.on_use = self._use
 
     def digests(self) -> dict[Path, str]:
         """The hash of every file. Waits for the thread, which stops waiting for anybody. Errors: OSError."""
@@ -43,21 +80,56 @@ class ReadAheadHash:
             raise self._error
         return self._digests
 
-    def _allowed_bytes(self) -> float:
-        return self._progress * self._total_bytes + self._ahead_bytes
+    def _use(self, file: MappedFile, offset: int) -> None:
+        start = self._starts[file.path]
+        with self._lock:
+            self._used.append(start + offset)
+            self._allowed = start + offset + self._ahead_bytes
+            # The work's order is the files', more or less: a part that lies elsewhere must not look like progress.
+            done = min(min(self._used), self.read_bytes) - start
+            if file.path in self._cold:
+                self._cold[file.path].drop_before(done, file)
 
     def _run(self) -> None:
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
         try:
             for path in self._files:
-                digest = hashlib.sha256()
                 with open(path, "rb", buffering=0) as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                    while count := file.readinto(buffer):
-                        digest.update(buffer[:count])
-                        self.read_bytes += count
-                        while self.read_bytes > self._allowed_bytes() and not self._hurry.wait(0.02):
-                            pass
-                self._digests[path] = digest.hexdigest()
+                    self._cold[path] = ColdRegions(path)
+                    digest = self._hash(file, self._cold[path], None if path in self._digests else hashlib.sha256())
+                self._digests.setdefault(path, digest)
         except OSError as error:
             self._error = error
+
+    def _hash(self, file: FileIO, cold: ColdRegions, digest: Any) -> str:
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        position = 0
+        while count := os.preadv(file.fileno(), [buffer], position):
+            if digest is not None:
+                digest.update(buffer[:count])
+            position += count
+            self.read_bytes += count
+            # What is in memory already takes no more of it; there is no reason to wait.
+            while self.read_bytes > self._allowed and cold.covers(position) and not self._hurry.wait(0.02):
+                pass
+        return "" if digest is None else digest.hexdigest()
+
+
+_early: list[tuple[dict[Path, Stamp], ReadAheadHash]] = []  # at most one
+
+
+def start_early(source: Path) -> None:
+    """Begin with what will be the weights of a checkpoint, before the libraries are imported that can open it."""
+    _early.clear()
+    with suppress(OSError, EvlaError):  # whatever is wrong with it, opening it will tell
+        files = [source] if source.is_file() else sorted((source / "checkpoints").glob("*.pt"))
+        files = files or sorted(source.glob("*.safetensors"))
+        if files:
+            _early.append(({path: file_stamp(path) for path in files}, ReadAheadHash(files)))
+
+
+def started_early(stamps: dict[Path, Stamp]) -> ReadAheadHash | None:
+    """What was begun with these files, if they were then what they are now. Each is given out once."""
+    begun = [ahead for early, ahead in _early if early == stamps]
+    _early.clear()
+    return begun[0] if begun else None

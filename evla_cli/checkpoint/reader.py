@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evla_cli.checkpoint.files import Stamp, file_stamp, inside, known_sha256, read_json
-from evla_cli.checkpoint.read_ahead import ReadAheadHash
+from evla_cli.checkpoint.mapped_file import MappedFile
+from evla_cli.checkpoint.read_ahead import ReadAheadHash, started_early
 from evla_cli.checkpoint.safetensors_format import read_safetensors
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.checkpoint.torch_format import read_torch
@@ -39,10 +40,10 @@ class CheckpointReader:
     @cached_property
     def sha256(self) -> str:
         """Of the weight files' content; a single file's is what `sha256sum` prints."""
-        digests = {path: known_sha256[stamp] for path, stamp in self.stamps.items() if stamp in known_sha256}
+        digests = self._known()
         if len(digests) < len(self.stamps):
             try:
-                digests = self.read_ahead.digests()
+                digests = {path: self.read_ahead.digests()[path] for path in self.files}
             except OSError as error:
                 raise EvlaError(f"Cannot read {self.files[0].parent}: {error.strerror}.") from error
             self.check_unchanged()
@@ -54,8 +55,27 @@ class CheckpointReader:
 
     @cached_property
     def read_ahead(self) -> ReadAheadHash:
-        """Hashing starts at the first use, in the background; `sha256` waits for its end."""
-        return ReadAheadHash(self.files)
+        """Reading and hashing start at the first use, in the background; `sha256` waits for their end."""
+        return self._reading_ahead(self._known())
+
+    def start_reading(self) -> None:
+        """Read ahead of whoever uses the tensors, in their order in the files; see `ReadAheadHash`."""
+        _ = self.read_ahead
+
+    def start_hashing(self) -> ReadAheadHash:
+        """The same, and the hash of every file as it is now, even if one is known."""
+        return self._reading_ahead({})
+
+    def _reading_ahead(self, known: dict[Path, str]) -> ReadAheadHash:
+        ahead = started_early(self.stamps) or ReadAheadHash(self.files, known=known)
+        ahead.follow(self.mapped_files())
+        return ahead
+
+    def mapped_files(self) -> list[MappedFile]:
+        return list({lazy.file.path: lazy.file for lazy in self.tensors.values() if lazy.file}.values())
+
+    def _known(self) -> dict[Path, str]:
+        return {path: known_sha256[stamp] for path, stamp in self.stamps.items() if stamp in known_sha256}
 
     @property
     def bytes_on_disk(self) -> int:

@@ -61,7 +61,6 @@ def write_safetensors(
     tensors: LazyTensors,
     metadata: dict[str, str],
     on_bytes: Callable[[int], Any] | None = None,
-    cached: bool = False,
 ) -> str:
     """Write `tensors` in the given order, one at a time. Returns the file's SHA-256."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -77,7 +76,7 @@ def write_safetensors(
         offset += lazy.num_bytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # the format allows spaces here
-    with OutputFile(path, cached) as file:
+    with OutputFile(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, data in prepared(tensors, lambda _, tensor: tensor_bytes(tensor)):
             file.write(data)

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -14,14 +14,22 @@ from torch import Tensor
 
 from evla_cli.errors import EvlaError
 
+if TYPE_CHECKING:
+    from evla_cli.checkpoint.mapped_file import MappedFile
+
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """What a tensor is and how to get it. `load` may return a view of a mapped file: do not write to it."""
+    """What a tensor is and how to get it. `load` may return a view of a mapped file: do not write to it.
+
+    Attributes:
+        file: that holds exactly this tensor's bytes; None for one that is made of them.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    file: "MappedFile | None" = None
 
     @property
     def num_elements(self) -> int:

@@ -20,12 +20,8 @@ def write_huggingface_weights(
     tensors: LazyTensors,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     on_bytes: Callable[[int], Any] | None = None,
-    cached: bool = False,
 ) -> dict[str, str]:
     """`model.safetensors`, or `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`.
-
-    Args:
-        cached: what is written will be read next, see `OutputFile`.
 
     Returns the SHA-256 of every weight file by name.
     """
@@ -33,11 +29,11 @@ def write_huggingface_weights(
     shards = split_into_shards(tensors, max_shard_bytes)
     if len(shards) == 1:
         path = directory / "model.safetensors"
-        return {path.name: write_safetensors(path, tensors, metadata, on_bytes, cached)}
+        return {path.name: write_safetensors(path, tensors, metadata, on_bytes)}
     hashes, weight_map = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        hashes[name] = write_safetensors(directory / name, shard, metadata, on_bytes, cached)
+        hashes[name] = write_safetensors(directory / name, shard, metadata, on_bytes)
         weight_map.update(dict.fromkeys(shard, name))
     index = {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
     write_json(directory / "model.safetensors.index.json", index)

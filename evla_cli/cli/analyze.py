@@ -53,6 +53,9 @@ def command(
 
     Processes that torchrun starts share the samples; the first of them writes and prints.
     """
+    from evla_cli.checkpoint.read_ahead import start_early
+
+    start_early(source)
     from evla_cli import pipeline
     from evla_cli.evaluation.report import importance_table
     from evla_cli.ranks import torchrun_ranks

@@ -49,6 +49,9 @@ def command(
 
     A robot process loads it with evla_cli.load_policy(BUNDLE) and needs nothing else.
     """
+    from evla_cli.checkpoint.read_ahead import start_early
+
+    start_early(source)
     from evla_cli import pipeline
     from evla_cli.evaluation.report import print_json
 

@@ -108,6 +108,9 @@ def command(
         raise EvlaError(
             "--refit fits the layers that stay on calibration samples: give both --refit and --samples, or neither."
         )
+    from evla_cli.checkpoint.read_ahead import start_early
+
+    start_early(source)
     from evla_cli import pipeline
     from evla_cli.evaluation.report import print_json, prune_table
     from evla_cli.refitting import RefitOptions

@@ -34,6 +34,9 @@ def command(bundle: Path, other: Path | None, as_json: bool) -> None:
 
 
 def _verify(bundle: Path, as_json: bool) -> None:
+    from evla_cli.checkpoint.read_ahead import start_early
+
+    start_early(bundle)
     from evla_cli.bundling import verify_bundle
     from evla_cli.evaluation.report import print_json
 

@@ -9,7 +9,7 @@ float32, linear weights stored in half precision stay as they are and are widene
 `tiled_linear`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,7 +50,6 @@ class DecoderStream:
     Args:
         memory_budget: bytes of hidden states and layer arguments held in the device's memory; those of further batches
             stand in a file, see `Scratch`. None: all in memory.
-        on_bytes: told of every weight's size once it is read.
 
     Errors: NaN or infinite weights or activations, with the name of the weight or the index of the layer.
     """
@@ -63,10 +62,9 @@ class DecoderStream:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         memory_budget: int | None = None,
-        on_bytes: Callable[[int], Any] | None = None,
     ):
         self.device = device
-        self._checkpoint, self._dtype, self._on_bytes = checkpoint, dtype, on_bytes
+        self._checkpoint, self._dtype = checkpoint, dtype
         self._upload = Upload(device)
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         move_buffers(self._model, device)
@@ -140,10 +138,7 @@ class DecoderStream:
 
     def _read_weight(self, name: str) -> Tensor:
         lazy = self._checkpoint.weights[name]
-        tensor = self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
-        if self._on_bytes:
-            self._on_bytes(lazy.num_bytes)
-        return tensor
+        return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
 
     def _record(self, decoder: Any, samples: list[Sample]) -> Batch:
         """One batch through everything before the decoder, and the arguments of every layer."""
