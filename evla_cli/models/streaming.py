@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from evla_cli.calibration import Sample
-from evla_cli.checkpoint.tensors import is_finite, keep_freed_memory, load_finite
+from evla_cli.checkpoint.tensors import is_finite, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
 from evla_cli.models.scratch import Scratch, move
@@ -63,7 +63,6 @@ class DecoderStream:
         device: torch.device | str = "cpu",
         memory_budget: int | None = None,
     ):
-        keep_freed_memory()
         self.device = device
         self._checkpoint, self._dtype = checkpoint, dtype
         self._upload = Upload(device)
