@@ -77,7 +77,7 @@ def analyze(
         _mlp_names(checkpoint)
     reader = checkpoint.reader
     if ranks.first:  # it alone hashes the checkpoint
-        reader.start_reading()
+        reader.start_reading(in_order=False)
     with torch.inference_mode(), _out_of_memory(device):
         stream = DecoderStream(
             checkpoint,
@@ -87,6 +87,8 @@ def analyze(
             device,
             memory_budget=None if memory_budget is None else parse_size(memory_budget),
         )
+        if ranks.first:  # what comes before the layers may stand anywhere in the files
+            reader.start_reading()
         scores = []
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
             for index, layer in enumerate(stream.layers()):

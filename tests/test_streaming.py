@@ -353,9 +353,20 @@ class TestReadAhead:
         ahead.digests()
         ahead._cold[path] = everything = ColdRegions(path)
         everything._cold = [True] * 4
+        allowed = ahead._allowed
         for number in (0, 1, 31, *range(2, 30)):
             work.tensor("a", torch.uint8, (1,), number * 2**21, 2**26).load()
         assert everything._next == 0
+        assert ahead._allowed == max(allowed, ahead._ahead_bytes)
+
+    def test_analysis_follows_the_layers_alone(self, cogact_run, image_samples, monkeypatch):
+        """What comes before them (the vision towers) may stand behind them in the file."""
+        used: list[int] = []
+        monkeypatch.setattr(ReadAheadHash, "_use", lambda ahead, file, offset: used.append(offset))
+        pipeline.analyze(cogact_run, image_samples)
+        checkpoint = open_checkpoint(cogact_run)
+        assert len(used) == sum(name.startswith(f"{checkpoint.layer_prefix}.") for name in checkpoint.reader.tensors)
+        assert used == sorted(used)
 
     def test_a_file_that_vanishes(self, tmp_path):
         files = self.write(tmp_path)

@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from evla_cli.checkpoint.mapped_file import MappedFile
 
 _CHUNK_BYTES = 2**20  # what the processor's cache holds between reading and hashing
-# How far the hash runs ahead of the work: far enough that the disk need not wait for a layer to be computed, or at the
-# start for libraries to be imported; near enough that what was read is still in the page cache when the work comes.
-_AHEAD_BYTES = 768 * 2**20
-_START_BYTES = min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 6)
 _NUM_RECENT = 32  # tensors that the work may still need: those of the layer that is computed and of the next
+# How far the hash runs ahead of the oldest of those tensors: far enough that the disk need not wait for a layer to be
+# computed, or at the start for libraries to be imported; near enough that what was read is still in the page cache when
+# the work comes to it.
+_AHEAD_BYTES = 9 * 2**28
+_START_BYTES = min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 6)
 
 
 class ReadAheadHash:
     """SHA-256 of files, read front to back, one after the other, by a thread of its own.
 
-    The thread stays a bounded number of bytes ahead of the work, which is where one of the `follow`ed files was used
-    last. `read_bytes` is how far it is.
+    The thread stays a bounded number of bytes ahead of the work, which is where `follow`ed files were used last.
+    `read_bytes` is how far it is.
 
     Args:
         known: hashes of some of the files, which are read ahead all the same.
@@ -84,11 +85,11 @@ class ReadAheadHash:
         start = self._starts[file.path]
         with self._lock:
             self._used.append(start + offset)
-            self._allowed = start + offset + self._ahead_bytes
             # The work's order is the files', more or less: a part that lies elsewhere must not look like progress.
-            done = min(min(self._used), self.read_bytes) - start
+            done = min(self._used)
+            self._allowed = max(self._allowed, done + self._ahead_bytes)
             if file.path in self._cold:
-                self._cold[file.path].drop_before(done, file)
+                self._cold[file.path].drop_before(min(done, self.read_bytes) - start, file)
 
     def _run(self) -> None:
         try:

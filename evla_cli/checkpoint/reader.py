@@ -58,20 +58,27 @@ class CheckpointReader:
         """Reading and hashing start at the first use, in the background; `sha256` waits for their end."""
         return self._reading_ahead(self._known())
 
-    def start_reading(self) -> None:
-        """Read ahead of whoever uses the tensors, in their order in the files; see `ReadAheadHash`."""
-        _ = self.read_ahead
+    def start_reading(self, in_order: bool = True) -> None:
+        """Read ahead of whoever uses the tensors; see `ReadAheadHash`.
+
+        Args:
+            in_order: from now on they are used in about the order in which they stand in the files.
+        """
+        if in_order:
+            self.read_ahead.follow(self._mapped_files())
+        else:
+            _ = self.read_ahead
 
     def start_hashing(self) -> ReadAheadHash:
-        """The same, and the hash of every file as it is now, even if one is known."""
-        return self._reading_ahead({})
-
-    def _reading_ahead(self, known: dict[Path, str]) -> ReadAheadHash:
-        ahead = started_early(self.stamps) or ReadAheadHash(self.files, known=known)
-        ahead.follow(self.mapped_files())
+        """The same, in order, and the hash of every file as it is now, even if one is known."""
+        ahead = self._reading_ahead({})
+        ahead.follow(self._mapped_files())
         return ahead
 
-    def mapped_files(self) -> list[MappedFile]:
+    def _reading_ahead(self, known: dict[Path, str]) -> ReadAheadHash:
+        return started_early(self.stamps) or ReadAheadHash(self.files, known=known)
+
+    def _mapped_files(self) -> list[MappedFile]:
         return list({lazy.file.path: lazy.file for lazy in self.tensors.values() if lazy.file}.values())
 
     def _known(self) -> dict[Path, str]:
