@@ -238,9 +238,7 @@ class _Walk:
                     sums = squares.setdefault(kind, [0.0, 0.0, 0.0])
                     sums[which] += float(found.sum())
                     sums[2] += len(found) / 2  # counted for both students
-        return {
-            kind: [math.sqrt(sums[0] / sums[2]), math.sqrt(sums[1] / sums[2])] for kind, sums in squares.items()
-        }
+        return {kind: [math.sqrt(sums[0] / sums[2]), math.sqrt(sums[1] / sums[2])] for kind, sums in squares.items()}
 
 
 def _put(down: nn.Linear, weight: Tensor | None, otherwise: nn.Parameter) -> None:
@@ -275,7 +273,9 @@ def _counts(stream: DecoderStream, batch: Batch, last_weight: float | None) -> T
 
 def _real(batch: Batch) -> Tensor:
     """(B, T), true where a position is no padding."""
-    return torch.ones(batch.hidden_states.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask.bool().cpu()
+    return (
+        torch.ones(batch.hidden_states.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask.bool().cpu()
+    )
 
 
 def _last(real: Tensor) -> tuple[Tensor, Tensor]:

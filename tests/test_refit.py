@@ -1,6 +1,7 @@
 """Refit: the streamed ridge regression against numpy's least squares on whole models, its guard, and its plan."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,41 @@ def test_a_vla_in_its_own_layout_and_dtype(cogact_run, image_samples, importance
     assert any(entry["ridge"] is not None for entry in found["layers"].values())
     image = load_samples(image_samples, "image")[0].image
     assert np.isfinite(policy_from_checkpoint(tmp_path / "run").predict_action(image, "open drawer")).all()
+
+
+class TestDemo:
+    """The shipped model at the size of configs/demo.yaml, on its shipped frames: 40 to fit to, 24 that are not seen."""
+
+    RUN, SAMPLES = Path("demo/cogact-metaworld"), Path("demo/samples")
+
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory) -> tuple[Path, Path]:
+        """Three frames of eight are set aside, spread over the episodes of every task."""
+        root = tmp_path_factory.mktemp("demo-frames")
+        lines = (self.SAMPLES / "samples.jsonl").read_text().splitlines()
+        for name, chosen in (("fit", (0, 2, 3, 5, 7)), ("unseen", (1, 4, 6))):
+            shutil.copytree(self.SAMPLES / "frames", root / name / "frames")
+            kept = [line for number, line in enumerate(lines) if number % 8 in chosen]
+            (root / name / "samples.jsonl").write_text("\n".join(kept) + "\n")
+        return root / "fit", root / "unseen"
+
+    def test_few_frames_do_not_make_the_actions_worse(self, folders, tmp_path):
+        from evla_cli.evaluation.fidelity import fidelity, predict_samples
+        from evla_cli.runtime.policy import policy_from_checkpoint
+
+        fit, unseen = folders
+        pipeline.analyze_to_file(self.RUN, fit, tmp_path / "importance.json", with_activations=True)
+        recipe = {"importance": tmp_path / "importance.json", "num_drop": 3, "mlp_prune_ratio": 0.25}
+        samples, errors = load_samples(unseen, "image"), {}
+        reference = predict_samples(policy_from_checkpoint(self.RUN, dtype=torch.float32), samples)
+        for name, options in (("plain", None), ("refit", RefitOptions(fit))):
+            pipeline.prune(self.RUN, tmp_path / name, mlp_method="activation", refit=options, **recipe)
+            predicted = predict_samples(policy_from_checkpoint(tmp_path / name, dtype=torch.float32), samples)
+            errors[name] = fidelity(reference, predicted).action_error.mean()
+        found = report(tmp_path / "refit")
+        assert set(found["final_rms"]) == {"visual", "text", "cognition"}
+        assert found["helps"]
+        assert errors["refit"] < errors["plain"]
 
 
 def test_bytes_do_not_depend_on_threads(decoders, tmp_path):

@@ -80,7 +80,8 @@ def refit_table(report: dict[str, Any]) -> str:
     note = f"Distance of hidden states from the dense model's on {report['num_held_out']} held-out samples of "
     note += f"{report['num_samples']}, without refit and with it."
     if not report["helps"]:
-        note += f"\nRefit does not help {list(report['final_rms'])[-1]} positions at the end: all weights stay as they were."
+        judging = list(report["final_rms"])[-1]
+        note += f"\nRefit does not bring the end nearer ({judging}): all weights stay as they were."
     return table(["refit layer", "before", "after", "lambda"], rows) + f"\n{note}"
 
 
