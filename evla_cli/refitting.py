@@ -196,7 +196,7 @@ class _Walk:
         equations = self._equations(self._rows(self._judged, layer, arguments, judges=False), down)
 
         def error(weight: Tensor | None) -> float:
-            change = None if weight is None else weight.float() - down.weight.float()
+            change = None if weight is None else weight.to(torch.float32, copy=True).sub_(down.weight)
             rows = (move(rows, self._stream.device) for rows in judging)
             squares = sum(squared_error(inputs, residual, change, counts) for inputs, residual, counts in rows)
             return math.sqrt(squares / total)
@@ -246,7 +246,7 @@ def _put(down: nn.Linear, weight: Tensor | None, otherwise: nn.Parameter) -> Non
 
 
 def _changed(weight: Tensor, change: Tensor | None, stored: torch.dtype) -> Tensor | None:
-    return None if change is None else change.add_(weight).to(stored)
+    return None if change is None else change.add_(weight).to(stored)  # in place: it may take 270 MB
 
 
 def _position_kinds(stream: DecoderStream, batch: Batch) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def test_recipe_does_what_its_name_says(path):
 )
 def test_what_is_recommended_has_the_papers_size(recommended, paper):
     """Only how rows are chosen and whether layers are refit differ, and where things stand."""
-    ours, theirs = (Recipe.load(ROOT / "configs" / f"{recipe}.yaml") for recipe in (name, paper))
+    ours, theirs = (Recipe.load(ROOT / "configs" / f"{recipe}.yaml") for recipe in (recommended, paper))
     assert ours.export == theirs.export
     assert (ours.prune.mlp_method, ours.prune.refit) == ("activation", True)
     assert replace(ours.prune, mlp_method=theirs.prune.mlp_method, refit=False) == theirs.prune
