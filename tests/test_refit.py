@@ -9,11 +9,13 @@ import pico
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
 from evla_cli.errors import EvlaError
+from evla_cli.evaluation.report import prune_table
 from evla_cli.families import open_checkpoint
 from evla_cli.methods import refit as refit_maths
 from evla_cli.methods.refit import RIDGES, Fit, NormalEquations, best_fit, squared_error
@@ -257,39 +259,64 @@ def test_a_vla_in_its_own_layout_and_dtype(cogact_run, image_samples, importance
     assert np.isfinite(policy_from_checkpoint(tmp_path / "run").predict_action(image, "open drawer")).all()
 
 
-class TestDemo:
-    """The shipped model at the size of configs/demo.yaml, on its shipped frames: 40 to fit to, 24 that are not seen."""
+DEMO, FRAMES = Path("demo/cogact-metaworld"), Path("demo/samples")
 
-    RUN, SAMPLES = Path("demo/cogact-metaworld"), Path("demo/samples")
 
-    @pytest.fixture(scope="class")
-    def folders(self, tmp_path_factory) -> tuple[Path, Path]:
-        """Three frames of eight are set aside, spread over the episodes of every task."""
-        root = tmp_path_factory.mktemp("demo-frames")
-        lines = (self.SAMPLES / "samples.jsonl").read_text().splitlines()
-        for name, chosen in (("fit", (0, 2, 3, 5, 7)), ("unseen", (1, 4, 6))):
-            shutil.copytree(self.SAMPLES / "frames", root / name / "frames")
-            kept = [line for number, line in enumerate(lines) if number % 8 in chosen]
-            (root / name / "samples.jsonl").write_text("\n".join(kept) + "\n")
-        return root / "fit", root / "unseen"
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> tuple[Path, Path]:
+    """The demo model's shipped frames: 40 to fit to, and 24 that are not seen, spread over every task's episodes."""
+    root = tmp_path_factory.mktemp("demo-frames")
+    lines = (FRAMES / "samples.jsonl").read_text().splitlines()
+    for name, chosen in (("fit", (0, 2, 3, 5, 7)), ("unseen", (1, 4, 6))):
+        shutil.copytree(FRAMES / "frames", root / name / "frames")
+        kept = [line for number, line in enumerate(lines) if number % 8 in chosen]
+        (root / name / "samples.jsonl").write_text("\n".join(kept) + "\n")
+    return root / "fit", root / "unseen"
 
-    def test_few_frames_do_not_make_the_actions_worse(self, folders, tmp_path):
-        from evla_cli.evaluation.fidelity import fidelity, predict_samples
-        from evla_cli.runtime.policy import policy_from_checkpoint
 
-        fit, unseen = folders
-        pipeline.analyze_to_file(self.RUN, fit, tmp_path / "importance.json", with_activations=True)
-        recipe = {"importance": tmp_path / "importance.json", "num_drop": 3, "mlp_prune_ratio": 0.25}
-        samples, errors = load_samples(unseen, "image"), {}
-        reference = predict_samples(policy_from_checkpoint(self.RUN, dtype=torch.float32), samples)
-        for name, options in (("plain", None), ("refit", RefitOptions(fit))):
-            pipeline.prune(self.RUN, tmp_path / name, mlp_method="activation", refit=options, **recipe)
-            predicted = predict_samples(policy_from_checkpoint(tmp_path / name, dtype=torch.float32), samples)
-            errors[name] = fidelity(reference, predicted).action_error.mean()
-        found = report(tmp_path / "refit")
-        assert set(found["final_rms"]) == {"visual", "text", "cognition"}
-        assert found["helps"]
-        assert errors["refit"] < errors["plain"]
+def test_few_frames_do_not_make_the_demos_actions_worse(frames, tmp_path):
+    """The shipped model at the size of configs/demo.yaml."""
+    from evla_cli.evaluation.fidelity import fidelity, predict_samples
+    from evla_cli.runtime.policy import policy_from_checkpoint
+
+    fit, unseen = frames
+    pipeline.analyze_to_file(DEMO, fit, tmp_path / "importance.json", with_activations=True)
+    recipe = {"importance": tmp_path / "importance.json", "num_drop": 3, "mlp_prune_ratio": 0.25}
+    samples, errors = load_samples(unseen, "image"), {}
+    reference = predict_samples(policy_from_checkpoint(DEMO, dtype=torch.float32), samples)
+    for name, options in (("plain", None), ("refit", RefitOptions(fit))):
+        pipeline.prune(DEMO, tmp_path / name, mlp_method="activation", refit=options, **recipe)
+        predicted = predict_samples(policy_from_checkpoint(tmp_path / name, dtype=torch.float32), samples)
+        errors[name] = fidelity(reference, predicted).action_error.mean()
+    found = report(tmp_path / "refit")
+    assert set(found["final_rms"]) == {"visual", "text", "cognition"}
+    assert found["helps"]
+    assert errors["refit"] < errors["plain"], errors
+
+
+def test_frames_that_say_nothing_change_nothing(tmp_path):
+    """Four pictures of noise, and a camera frame that judges: where refit does not bring its cognition token nearer,
+    every weight stays, though each layer's own fit brought all its positions nearer."""
+    folder, lines = tmp_path / "frames", (FRAMES / "samples.jsonl").read_text().splitlines()
+    folder.mkdir()
+    (folder / "frames").mkdir()
+    samples = [json.loads(line) for line in lines[::12][:4]] + [json.loads(lines[4])]
+    generator = np.random.default_rng(0)
+    for sample in samples[:4]:
+        noise = generator.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / sample["image"])
+    shutil.copy(FRAMES / samples[4]["image"], folder / samples[4]["image"])
+    (folder / "samples.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    recipe = {"drop_ids": [6, 7, 8], "mlp_prune_ratio": 0.25, "mlp_method": "magnitude"}
+    pipeline.prune(DEMO, tmp_path / "plain", **recipe)
+    result = pipeline.prune(DEMO, tmp_path / "refit", refit=RefitOptions(folder), **recipe)
+    found = report(tmp_path / "refit")
+    assert any(entry["ridge"] is not None for entry in found["layers"].values())
+    assert not found["helps"]
+    assert found["final_rms"]["cognition"][1] >= found["final_rms"]["cognition"][0]
+    assert "all weights stay as they were" in prune_table(result)
+    for ours, theirs in zip(down_projections(tmp_path / "refit"), down_projections(tmp_path / "plain"), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_bytes_do_not_depend_on_threads(decoders, tmp_path):
