@@ -38,7 +38,6 @@ from evla_cli.progress import progress_bar
 
 _HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _IN_MEMORY_BYTES = 2**27  # of refit weights, and of rows that judge; what is more stands in a file
-_COGNITION_SHARE = 1.0  # a VLA's cognition token counts as often as this times all positions of its sample
 _MAX_BEND = 0.05  # rounding gives 1e-6; a norm after the MLP changes its output altogether
 
 
@@ -48,7 +47,7 @@ class RefitOptions:
 
     Attributes:
         last_weight: how often a sample's last position counts, where the others count once; None: once in a text, and
-            in a VLA, where it is the cognition token, a quarter as often as there are others in the sample.
+            in a VLA, where it is the cognition token, as often as all positions of its sample together.
     """
 
     data: Path
@@ -267,7 +266,7 @@ def _counts(stream: DecoderStream, batch: Batch, last_weight: float | None) -> T
     if last_weight is not None:
         counts[_last(real)] = last_weight
     elif stream.visual_positions:
-        counts[_last(real)] = _COGNITION_SHARE * real.sum(dim=1).double()
+        counts[_last(real)] = real.sum(dim=1).double()  # cognition tokens are all that the action head sees
     return counts
 
 

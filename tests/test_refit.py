@@ -20,7 +20,8 @@ from evla_cli.families import open_checkpoint
 from evla_cli.methods import refit as refit_maths
 from evla_cli.methods.refit import RIDGES, Fit, NormalEquations, best_fit, squared_error
 from evla_cli.models.processing import load_tokenizer
-from evla_cli.refitting import RefitOptions
+from evla_cli.models.streaming import DecoderStream
+from evla_cli.refitting import RefitOptions, _counts, _position_kinds
 
 
 def ridge_reference(inputs: np.ndarray, residual: np.ndarray, ridge: float) -> np.ndarray:
@@ -243,6 +244,22 @@ def test_a_plan_that_removes_nothing_changes_nothing(decoders, text_samples, tmp
         assert torch.equal(ours, theirs)
     entries = report(tmp_path / "same")["layers"].values()
     assert all(entry == {"ridge": None, "held_out_rms": [0.0, 0.0]} for entry in entries)
+
+
+def test_kinds_of_positions_in_a_vla(cogact_run, image_samples):
+    """[BOS] [visual] [prompt, the cognition token last] [padding]; the cognition token counts like all together."""
+    checkpoint, samples = open_checkpoint(cogact_run), load_samples(image_samples, "image")
+    (batch,) = (stream := DecoderStream(checkpoint, samples, len(samples), torch.float32)).batches
+    assert batch.mask is not None
+    kinds, counts = _position_kinds(stream, batch), _counts(stream, batch, None)
+    visual = len(stream.visual_positions)
+    for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
+        kind_of = ["text"] + visual * ["visual"] + (length - visual - 2) * ["text"] + ["cognition"]
+        for kind, positions in kinds.items():
+            assert positions[row].nonzero()[:, 0].tolist() == [at for at, name in enumerate(kind_of) if name == kind]
+        padding = len(counts[row]) - length
+        assert counts[row].tolist() == [1.0] * (length - 1) + [length] + [0.0] * padding
+    assert torch.equal(_counts(stream, batch, 1.0), batch.mask.double())
 
 
 def test_a_vla_in_its_own_layout_and_dtype(cogact_run, image_samples, importance_file, tmp_path):
