@@ -209,7 +209,7 @@ class PruneRecipe:
     mlp_method: str = "prunenet"
     seed: int = 0
     refit: bool = False  # on the samples of `analyze`
-    refit_last_weight: float = 1.0  # how often the last position counts, a VLA's cognition token
+    refit_last_weight: float | None = None  # how often a sample's last position counts; None: see RefitOptions
 
     def __post_init__(self) -> None:
         _at_least("drop_layers", self.drop_layers, 0)

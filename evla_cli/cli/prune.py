@@ -57,9 +57,8 @@ Examples:
 @click.option(
     "--refit-last-weight",
     type=float,
-    default=1.0,
-    show_default=True,
-    help="How often the last position (a VLA's cognition token) counts in the fit, where others count once.",
+    help="How often a sample's last position counts in the fit, where others count once (default: in a VLA, whose "
+    "cognition token it is, as often as all positions of the sample together; in a text once).",
 )
 @click.option("--num-samples", type=int, help="For --refit: use the first N samples (default: all).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="For --refit.")
@@ -83,7 +82,7 @@ def command(
     plan_file: Path | None,
     refit: bool,
     data: Path | None,
-    refit_last_weight: float,
+    refit_last_weight: float | None,
     num_samples: int | None,
     batch_size: int,
     memory_budget: str | None,
@@ -97,7 +96,8 @@ def command(
     DEST has SOURCE's own layout: layers are renumbered, the config is adapted, everything else is copied.
 
     With --refit, the last linear layer of every MLP that stays is fit to the dense model's hidden states on calibration
-    samples, in closed form: it makes up for what was removed before it and in it.
+    samples, in closed form: it makes up for what was removed before it and in it. Every fifth sample judges the fit to
+    the others; where that does not bring it nearer to the dense model, all weights stay as they are.
     """
     decided = num_drop is not None or num_keep is not None or bool(drop_ids) or mlp_prune_ratio != 0
     if plan_file is None and not decided:

@@ -75,8 +75,14 @@ def refit_table(report: dict[str, Any]) -> str:
         before, after = entry["held_out_rms"]
         ridge = "unchanged" if entry["ridge"] is None else f"{entry['ridge']:g}"
         rows.append([str(layer), f"{before:.5f}", f"{after:.5f}", ridge])
+    for kind, (before, after) in report["final_rms"].items():
+        rows.append([f"end, {kind}", f"{before:.5f}", f"{after:.5f}", ""])
     note = f"Distance of hidden states from the dense model's on {report['num_held_out']} held-out samples of "
-    return table(["refit layer", "before", "after", "lambda"], rows) + f"\n{note}{report['num_samples']}."
+    note += f"{report['num_samples']}, without refit and with it."
+    if not report["helps"]:
+        judging = list(report["final_rms"])[-1]
+        note += f"\nRefit does not bring the end nearer ({judging}): all weights stay as they were."
+    return table(["refit layer", "before", "after", "lambda"], rows) + f"\n{note}"
 
 
 def inspection(source: Path) -> dict[str, Any]:

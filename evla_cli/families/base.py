@@ -45,6 +45,7 @@ class ModelFamily:
             model, samples, the tokenizer's directory, and a tensor on the device and in the dtype to compute with.
         sample_kind: "image" (image and instruction) or "text".
         action_head: module path and weight-name prefix of the action head; None where the model cannot act.
+        visual_positions: given the model's config, where the visual tokens stand in the decoder's input; None: nowhere.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ModelFamily:
     embed: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], torch.Tensor | None]"
     sample_kind: str
     action_head: str | None = None
+    visual_positions: "Callable[[Any], range] | None" = None
 
     @property
     def has_action_head(self) -> bool:

@@ -544,4 +544,5 @@ COGACT = ModelFamily(
     embed=_embed,
     sample_kind="image",
     action_head="action_head",
+    visual_positions=lambda config: range(1, 1 + config.num_visual_tokens),  # after BOS
 )

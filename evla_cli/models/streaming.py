@@ -78,6 +78,8 @@ class DecoderStream:
                 stored = weight.dtype if dtype == torch.float32 else dtype
                 if tile_linear(module, stored, dtype, device):
                     self._dtypes[f"{name}.weight"] = stored
+        where = checkpoint.family.visual_positions
+        self.visual_positions = range(0) if where is None else where(self._model.config)
         decoder: Any = self._model.get_submodule(checkpoint.family.decoder)
         self._layers = list(decoder.layers)
         scratch = None if memory_budget is None else Scratch(memory_budget)
