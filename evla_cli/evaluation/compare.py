@@ -141,12 +141,12 @@ def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Va
 
 def without_layers(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
     """`checkpoint` without the layers that the plan drops, at full MLP width; nothing is read yet."""
-    plan = replace(plan, mlp_keep=None)
+    plan = replace(plan, mlp_keep=None, vision={})
     reader = replace(checkpoint.reader, tensors=prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix))
     return replace(
         checkpoint,
         reader=reader,
-        config=prune_config(checkpoint.config, checkpoint.family.config_path, plan),
+        config=prune_config(checkpoint.config, checkpoint.family, plan),
         weights=prune_weights(checkpoint.weights, plan, checkpoint.family.decoder_layers),
     )
 
