@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,10 @@ class PrunePlan(StackPlan):
     how: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, StackPlan] = field(default_factory=dict)
 
+    def of_towers(self) -> "PrunePlan":
+        """What it does to the vision towers, and nothing to the decoder."""
+        return replace(self, keep_layers=tuple(range(self.num_layers)), mlp_keep=None)
+
     def to_record(self) -> dict[str, Any]:
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -186,7 +190,9 @@ class PrunePlan(StackPlan):
         }
         if self.vision:
             towers = self.vision.items()
-            record["vision"] = {name: tower.sizes_record() | {"mlp_keep": tower.masks_record()} for name, tower in towers}
+            record["vision"] = {
+                name: tower.sizes_record() | {"mlp_keep": tower.masks_record()} for name, tower in towers
+            }
         return record
 
     @classmethod

@@ -28,9 +28,10 @@ from evla_cli.families.base import Checkpoint
 from evla_cli.methods.refit import NormalEquations, best_candidate, squared_error
 from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.skeleton import check_device
-from evla_cli.models.streaming import DecoderStream, captured_inputs
+from evla_cli.models.streaming import Batch, DecoderStream, captured_inputs
 from evla_cli.plan import PrunePlan
 from evla_cli.progress import progress_bar
+from evla_cli.vision.refitting import refit_towers
 
 _HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _IN_MEMORY_BYTES = 2**27  # of refit weights and of candidates; what is more stands in a file
@@ -88,8 +89,17 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     ordered = [sample for sample in samples if sample not in held_out] + held_out
     budget = None if options.memory_budget is None else parse_size(options.memory_budget) // 2  # two sets of states
     stream = DecoderStream(checkpoint, ordered, options.batch_size, torch.float32, options.device, memory_budget=budget)
-    student = _Student(stream, len(samples) - len(held_out), options.last_weight, budget)
     weights: LazyTensors = {}
+    begin = None
+    if plan.vision:  # first, so that the decoder's layers make up for what the towers' could not
+        towers = refit_towers(
+            checkpoint, plan, ordered, len(samples) - len(held_out), options.batch_size, options.device, budget
+        )
+        weights |= towers.weights
+        begin = DecoderStream(
+            towers.checkpoint, ordered, options.batch_size, torch.float32, options.device, memory_budget=budget
+        ).batches
+    student = _Student(stream, len(samples) - len(held_out), options.last_weight, budget, begin)
     layers: dict[int, dict[str, Any]] = {}
     done = Scratch(_IN_MEMORY_BYTES)
     with progress_bar("refitting", len(plan.keep_layers), "layer") as bar:
@@ -99,7 +109,7 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
                 name = f"{checkpoint.layer_prefix}.{position}.mlp.down_proj.weight"
                 weights[name] = LazyTensor.of(done.hold(fit.weight.cpu()))
             bar.update()
-    return weights, settings | {"layers": layers}
+    return weights, settings | {"layers": layers} | ({"vision": towers.report} if plan.vision else {})
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,18 @@ class _Student:
     The teacher's, which they are held against, are those that `stream` has at the time.
     """
 
-    def __init__(self, stream: DecoderStream, num_fit: int, last_weight: float, memory_budget: int | None):
+    def __init__(
+        self,
+        stream: DecoderStream,
+        num_fit: int,
+        last_weight: float,
+        memory_budget: int | None,
+        begin: list[Batch] | None = None,
+    ):
+        """`begin` holds the pruned model's hidden states before the first layer; None: they are the dense model's."""
         self._stream, self._last_weight = stream, last_weight
         held = Scratch(2**62 if memory_budget is None else memory_budget)
-        self._hidden_states = [held.hold(batch.hidden_states.clone()) for batch in stream.batches]
+        self._hidden_states = [held.hold(batch.hidden_states.clone()) for batch in begin or stream.batches]
         counts = [len(batch.hidden_states) for batch in stream.batches]
         starts = [sum(counts[:number]) for number in range(len(counts))]
         self._fits = [torch.arange(start, start + count) < num_fit for start, count in zip(starts, counts, strict=True)]

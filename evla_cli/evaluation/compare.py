@@ -32,7 +32,7 @@ class Variant:
 
     Attributes:
         name: "reference" is A, "noise" A with other noise, "all" B; of A with one thing taken from B: "layers", "mlp",
-            "tokens", "cache", "sampling"; "weights" is B's weights under A's settings.
+            "vision", "tokens", "cache", "sampling"; "weights" is B's weights under A's settings.
     """
 
     name: str
@@ -123,6 +123,8 @@ def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Va
         )
     if plan is not None and plan.kept_intermediate_size < plan.intermediate_size:
         variants.append(Variant("mlp", without_channels(a.checkpoint, plan), a.settings))
+    if plan is not None and plan.vision:
+        variants.append(Variant("vision", with_pruned_towers(a.checkpoint, plan), a.settings))
     tokens = replace(
         b.settings,
         visual_tokens=_tokens_in_source(a, b, plan),
@@ -141,13 +143,23 @@ def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Va
 
 def without_layers(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
     """`checkpoint` without the layers that the plan drops, at full MLP width; nothing is read yet."""
-    plan = replace(plan, mlp_keep=None, vision={})
-    reader = replace(checkpoint.reader, tensors=prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix))
+    return _pruned(checkpoint, replace(plan, mlp_keep=None, vision={}))
+
+
+def with_pruned_towers(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
+    """`checkpoint` with its vision towers as the plan prunes them, not refit, and its whole decoder."""
+    return _pruned(checkpoint, plan.of_towers())
+
+
+def _pruned(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
+    tensors = prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
     return replace(
         checkpoint,
-        reader=reader,
+        reader=replace(checkpoint.reader, tensors=tensors),
         config=prune_config(checkpoint.config, checkpoint.family, plan),
-        weights=prune_weights(checkpoint.weights, plan, checkpoint.family.decoder_layers),
+        weights=prune_weights(
+            checkpoint.weights, plan, checkpoint.family.decoder_layers, checkpoint.family.tower_blocks
+        ),
     )
 
 

@@ -520,7 +520,7 @@ before the others, make it build them as they are here (it takes the features of
 
     import timm
     create, sizes = timm.create_model, {sizes}
-    timm.create_model = lambda name, **given: create(name, **(given | ({{"pretrained": False}} | sizes[name] if name in sizes else {{}})))
+    timm.create_model = lambda name, **given: create(name, **(given | sizes.get(name, {{}})))
 """
 
 
@@ -532,7 +532,7 @@ def _loading_towers(config: dict[str, Any]) -> str:
         ratio = tower.intermediate_size / tower.hidden_size
         if int(tower.hidden_size * ratio) != tower.intermediate_size:
             ratio = math.nextafter(ratio, math.inf)
-        sizes[_TIMM[name]] = {"depth": tower.num_hidden_layers, "mlp_ratio": ratio}
+        sizes[_TIMM[name]] = {"pretrained": False, "depth": tower.num_hidden_layers, "mlp_ratio": ratio}
     return _LOADING_TOWERS.format(sizes=sizes)
 
 

@@ -96,6 +96,10 @@ class DecoderStream:
         for module in self._model.children():
             drop_weights(module)
 
+    @property
+    def config(self) -> Any:
+        return self._model.config
+
     def __len__(self) -> int:
         return len(self._layers)
 
