@@ -101,7 +101,8 @@ class CogACTForActionPrediction(PreTrainedModel):
         hidden_size, width = config.dino_config.hidden_size, config.dino_config.intermediate_size
         if width != hidden_size * config.dino_config.mlp_ratio:  # transformers knows whole ratios alone
             for block in self.dino.encoder.layer:
-                block.mlp.fc1, block.mlp.fc2 = nn.Linear(hidden_size, width), nn.Linear(width, hidden_size)
+                mlp: Any = block.mlp
+                mlp.fc1, mlp.fc2 = nn.Linear(hidden_size, width), nn.Linear(width, hidden_size)
         self.siglip = SiglipVisionModel(config.siglip_config)
         self.projector = Projector(vision_width, config.projector_hidden_size, config.text_config.hidden_size)
         self.language_model = LlamaForCausalLM(config.text_config)

@@ -30,7 +30,7 @@ class TowerMeter:
 
     @contextmanager
     def watch(self, model: Any) -> Iterator[None]:
-        handles = []
+        handles: list[Any] = []
         for name, tower in self._towers.items():
             for number, block in enumerate(model.get_submodule(tower.blocks)[:-1]):
                 handles += self._hooks(
