@@ -92,7 +92,7 @@ def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
     if recipe.prune is not None:
         plan = pipeline.foreseen_plan(source, recipe.prune, ranked=recipe.analyze is not None)
         num_layers = len(plan.keep_layers)
-        weights = prune_weights(weights, plan, source.family.decoder_layers, source.family.tower_blocks)
+        weights = prune_weights(weights, plan, source.family.decoder_layers, source.family.tower_prefixes)
         num_bytes["prune"] = total_bytes(weights)
     if recipe.export is not None:
         parse_size(recipe.export.max_shard_size)

@@ -56,7 +56,8 @@ class Judge:
     @staticmethod
     def _mean(found: Fidelity) -> str:
         """Mean and its standard error over samples."""
-        return f"{found.action_error.mean():.4f} ± {found.action_error.std(ddof=1) / math.sqrt(len(found.action_error)):.4f}"
+        errors = found.action_error
+        return f"{errors.mean():.4f} ± {errors.std(ddof=1) / math.sqrt(len(errors)):.4f}"
 
     @torch.inference_mode()
     def feature_error(self, policy: Policy) -> float:
@@ -73,9 +74,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True)
     lines = [json.loads(line) for line in (SAMPLES / "samples.jsonl").read_text().splitlines()]
     held_out = [number for number in range(len(lines)) if number % 8 in (1, 4, 7)]  # 3 of the 8 frames of each task
-    fit = arguments.fit or arguments.output / "fit.jsonl"
-    if arguments.fit is None:
-        fit = _write_samples(arguments.output / "fit", [line for n, line in enumerate(lines) if n not in held_out])
+    others = [line for number, line in enumerate(lines) if number not in held_out]
+    fit = arguments.fit or _write_samples(arguments.output / "fit", others)
     test = _write_samples(arguments.output / "test", [lines[number] for number in held_out])
     importance = arguments.output / "importance.json"
     pipeline.analyze_to_file(DENSE, fit, importance, with_activations=True)

@@ -158,7 +158,7 @@ def _pruned(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
         reader=replace(checkpoint.reader, tensors=tensors),
         config=prune_config(checkpoint.config, checkpoint.family, plan),
         weights=prune_weights(
-            checkpoint.weights, plan, checkpoint.family.decoder_layers, checkpoint.family.tower_blocks
+            checkpoint.weights, plan, checkpoint.family.decoder_layers, checkpoint.family.tower_prefixes
         ),
     )
 

@@ -38,6 +38,7 @@ class Tower:
     Attributes:
         blocks: module path of the list of blocks and prefix of their weight names.
         native_blocks: the same prefix in the names of the family's native layout.
+        idle, native_idle: the same two prefixes of what else has an `mlp` of the blocks' width, and never runs.
         config_path: where the tower's config stands in the model's config.
         scale: the parameter of a block that multiplies fc2's output (LayerScale); None where there is none.
         num_prefix_tokens: given the model's config object, the positions before those of the patches.
@@ -52,6 +53,8 @@ class Tower:
     num_prefix_tokens: Callable[[Any], int]
     set_intermediate_size: Callable[[dict[str, Any], int], Any]
     see: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], Any]"
+    idle: tuple[str, ...] = ()
+    native_idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ class ModelFamily:
         return f"{self.decoder}.layers"
 
     @property
-    def tower_blocks(self) -> dict[str, str]:
-        return {name: tower.blocks for name, tower in self.towers.items()}
+    def tower_prefixes(self) -> dict[str, tuple[str, ...]]:
+        """Of every tower's blocks, and of what else is as wide, in the model's names."""
+        return {name: (tower.blocks, *tower.idle) for name, tower in self.towers.items()}
 
 
 WritePruned = Callable[
@@ -154,10 +158,11 @@ class Checkpoint:
         return self.decoder_config["intermediate_size"]
 
     @property
-    def tower_prefixes(self) -> dict[str, str]:
-        """Of every tower's blocks in the names of `reader.tensors`."""
-        towers = self.family.towers.items()
-        return {name: tower.native_blocks if self.layout == "native" else tower.blocks for name, tower in towers}
+    def tower_prefixes(self) -> dict[str, tuple[str, ...]]:
+        """As the family's, in the names of `reader.tensors`."""
+        if self.layout != "native":
+            return self.family.tower_prefixes
+        return {name: (tower.native_blocks, *tower.native_idle) for name, tower in self.family.towers.items()}
 
     def tower_sizes(self, name: str) -> tuple[int, int]:
         """A vision tower's number of blocks, the last one included, and the width of their MLPs."""

@@ -615,6 +615,8 @@ COGACT = ModelFamily(
             num_prefix_tokens=lambda _config: 0,
             set_intermediate_size=lambda config, width: operator.setitem(config, "intermediate_size", width),
             see=_see_siglip,
+            idle=("siglip.head",),  # as in timm, the pooling head's MLP has the blocks' ratio
+            native_idle=(f"{_PARTS['siglip']}.attn_pool",),
         ),
     },
 )

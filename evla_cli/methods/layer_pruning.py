@@ -45,16 +45,25 @@ def choose_layers(
 
 
 def prune_weights(
-    tensors: LazyTensors, plan: PrunePlan, layer_prefix: str, tower_prefixes: Mapping[str, str] | None = None
+    tensors: LazyTensors,
+    plan: PrunePlan,
+    layer_prefix: str,
+    tower_prefixes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> LazyTensors:
     """The weights that stay, under their new names, sliced when they are loaded; in the order of the source.
 
     Args:
-        tower_prefixes: vision tower -> prefix of its blocks' names, for those that the plan prunes.
+        tower_prefixes: vision tower -> prefix of its blocks' names and of other modules whose `mlp` is as wide, for
+            those that the plan prunes. The others never run, and keep what the last block does.
     """
     pruned = _prune_stack(tensors, plan, layer_prefix)
     for tower, stack in plan.vision.items():
-        pruned = _prune_stack(pruned, stack, (tower_prefixes or {})[tower])
+        blocks, *others = (tower_prefixes or {})[tower]
+        pruned = _prune_stack(pruned, stack, blocks)
+        for other in others if stack.mlp_keep is not None else ():
+            for name in [name for name in pruned if name.startswith(f"{other}.mlp.")]:
+                rest = name.removeprefix(f"{other}.")
+                pruned[name] = _prune_tensor(name, rest, pruned[name], stack.mlp_keep[-1])
     return pruned
 
 

@@ -1,7 +1,7 @@
 """What is removed from the vision towers: blocks by rank within each tower, and rows of every block's MLP.
 
 A tower's last block never runs, and its features are read off the second-to-last one, by evla and by CogACT's own
-code. So the last block stays, whatever it holds, as narrow as the others.
+code. So the last block stays, whatever it holds, as narrow as the others, and so does SigLIP's pooling head.
 """
 
 from collections.abc import Callable, Mapping, Sequence

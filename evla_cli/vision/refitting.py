@@ -79,17 +79,17 @@ def refit_towers(
                     changed[name][f"{position}.mlp.fc2.{kind}"] = LazyTensor.of(done.hold(tensor.cpu()))
                 bar.update()
     towers_alone = plan.of_towers()
-    weights = prune_weights(checkpoint.weights, towers_alone, family.decoder_layers, family.tower_blocks)
+    weights = prune_weights(checkpoint.weights, towers_alone, family.decoder_layers, family.tower_prefixes)
     pruned = replace(
         checkpoint,
         config=prune_config(checkpoint.config, family, towers_alone),
-        weights=weights | _named(changed, family.tower_blocks),
+        weights=weights | _named(changed, family.tower_prefixes),
     )
     return RefitTowers(pruned, _named(changed, checkpoint.tower_prefixes), report)
 
 
-def _named(changed: dict[str, LazyTensors], prefixes: dict[str, str]) -> LazyTensors:
-    return {f"{prefixes[name]}.{key}": lazy for name, tensors in changed.items() for key, lazy in tensors.items()}
+def _named(changed: dict[str, LazyTensors], prefixes: dict[str, tuple[str, ...]]) -> LazyTensors:
+    return {f"{prefixes[name][0]}.{key}": lazy for name, tensors in changed.items() for key, lazy in tensors.items()}
 
 
 @dataclass(frozen=True)
