@@ -88,18 +88,17 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     # Those that judge come last, so that at most one batch holds samples of both kinds.
     ordered = [sample for sample in samples if sample not in held_out] + held_out
     budget = None if options.memory_budget is None else parse_size(options.memory_budget) // 2  # two sets of states
-    stream = DecoderStream(checkpoint, ordered, options.batch_size, torch.float32, options.device, memory_budget=budget)
+    num_fit = len(samples) - len(held_out)
     weights: LazyTensors = {}
     begin = None
     if plan.vision:  # first, so that the decoder's layers make up for what the towers' could not
-        towers = refit_towers(
-            checkpoint, plan, ordered, len(samples) - len(held_out), options.batch_size, options.device, budget
-        )
+        towers = refit_towers(checkpoint, plan, ordered, num_fit, options.batch_size, options.device, budget)
         weights |= towers.weights
         begin = DecoderStream(
             towers.checkpoint, ordered, options.batch_size, torch.float32, options.device, memory_budget=budget
         ).batches
-    student = _Student(stream, len(samples) - len(held_out), options.last_weight, budget, begin)
+    stream = DecoderStream(checkpoint, ordered, options.batch_size, torch.float32, options.device, memory_budget=budget)
+    student = _Student(stream, num_fit, options.last_weight, budget, begin)
     layers: dict[int, dict[str, Any]] = {}
     done = Scratch(_IN_MEMORY_BYTES)
     with progress_bar("refitting", len(plan.keep_layers), "layer") as bar:
@@ -180,10 +179,14 @@ class _Student:
         memory_budget: int | None,
         begin: list[Batch] | None = None,
     ):
-        """`begin` holds the pruned model's hidden states before the first layer; None: they are the dense model's."""
+        """`begin` holds the pruned model's hidden states before the first layer, and is taken over; None: they are the
+        dense model's."""
         self._stream, self._last_weight = stream, last_weight
         held = Scratch(2**62 if memory_budget is None else memory_budget)
-        self._hidden_states = [held.hold(batch.hidden_states.clone()) for batch in begin or stream.batches]
+        if begin is None:
+            self._hidden_states = [held.hold(batch.hidden_states.clone()) for batch in stream.batches]
+        else:
+            self._hidden_states = [batch.hidden_states for batch in begin]
         counts = [len(batch.hidden_states) for batch in stream.batches]
         starts = [sum(counts[:number]) for number in range(len(counts))]
         self._fits = [torch.arange(start, start + count) < num_fit for start, count in zip(starts, counts, strict=True)]

@@ -187,16 +187,22 @@ def shared_plan(a: Candidate, b: Candidate) -> tuple[PrunePlan | None, str | Non
     """The plan that made B's weights from A's; or None and, where their sizes differ, why it is not known."""
     path = b.checkpoint.root / PLAN
     unknown = f"what layers and MLP cost each cannot be told; 'weights' is both together ({b.label}'s, A's settings)."
-    sizes = [(each.checkpoint.num_layers, each.checkpoint.intermediate_size) for each in (a, b)]
+    sizes = [_sizes(each.checkpoint) for each in (a, b)]
     if not path.is_file():
         return None, None if sizes[0] == sizes[1] else f"{b.label} has no {PLAN}: {unknown}"
     plan = PrunePlan.load(path)
-    if sizes[0] != (plan.num_layers, plan.intermediate_size):
-        same = (a.checkpoint.root / PLAN).is_file() and PrunePlan.load(a.checkpoint.root / PLAN) == plan
-        return None, None if same else f"{path} is not of {a.label}, whose size is another: {unknown}"
+    if (a.checkpoint.root / PLAN).is_file() and PrunePlan.load(a.checkpoint.root / PLAN) == plan:
+        return None, None
+    if sizes[0][:2] != (plan.num_layers, plan.intermediate_size):
+        return None, f"{path} is not of {a.label}, whose size is another: {unknown}"
     if plan.checkpoint_sha256 not in _hashes(a.checkpoint):
         return None, f"{path} is of another checkpoint than {a.label} (its hash differs): {unknown}"
     return plan, None
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    towers = map(checkpoint.tower_sizes, checkpoint.family.towers)
+    return checkpoint.num_layers, checkpoint.intermediate_size, *towers
 
 
 def _hashes(checkpoint: Checkpoint) -> list[str]:

@@ -324,7 +324,7 @@ _MEASURES = {
     "tokens": "tokens",
     "cache": "cache",
     "sampling": "sampling",
-    "weights": "weights (layers and MLP)",
+    "weights": "weights (layers, MLP, vision)",
 }
 
 

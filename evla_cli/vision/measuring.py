@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, Tower
 from evla_cli.methods.layer_importance import importance_and_error, position_similarity, sample_similarity
 from evla_cli.methods.mlp_pruning import channel_energy
@@ -33,23 +34,25 @@ class TowerMeter:
         handles: list[Any] = []
         for name, tower in self._towers.items():
             for number, block in enumerate(model.get_submodule(tower.blocks)[:-1]):
-                handles += self._hooks(
-                    tower, model, block, self._similarities[name][number], self._energies[name][number]
-                )
+                handles += self._hooks(name, tower, model, number, block)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hooks(
-        self, tower: Tower, model: Any, block: Any, similarities: list[float], energies: Energies
-    ) -> Iterator[Any]:
+    def _hooks(self, name: str, tower: Tower, model: Any, number: int, block: Any) -> Iterator[Any]:
         begin = tower.num_prefix_tokens(model.config)
+        similarities, energies = self._similarities[name][number], self._energies[name][number]
 
         def compare(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            values = position_similarity(arguments[0][:, begin:], output[:, begin:])
-            similarities.extend(sample_similarity(values, None).tolist())
+            values = sample_similarity(position_similarity(arguments[0][:, begin:], output[:, begin:]), None)
+            if not bool(values.isfinite().all()):
+                raise EvlaError(
+                    f"Block {number} of the {name} tower gives NaN or infinite hidden states in {output.dtype}; try "
+                    "--dtype float32."
+                )
+            similarities.extend(values.tolist())
 
         def add_up(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             energies.append(channel_energy(arguments[0][:, begin:], None))
