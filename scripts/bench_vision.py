@@ -10,6 +10,7 @@ norm of the dense features. "towers": their fc2 layers are refit; "all": so is t
 import argparse
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +105,12 @@ def main() -> None:
 
 def _write_samples(directory: Path, lines: list[dict[str, str]]) -> Path:
     directory.mkdir()
-    moved = [line | {"image": str(SAMPLES / line["image"])} for line in lines]
-    (directory / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
+    copied = []
+    for line in lines:
+        name = Path(line["image"]).name
+        shutil.copyfile(SAMPLES / line["image"], directory / name)
+        copied.append(line | {"image": name})
+    (directory / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in copied))
     return directory
 
 

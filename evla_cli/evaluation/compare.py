@@ -186,7 +186,7 @@ def _only_columns(lazy: LazyTensor, columns: Tensor) -> LazyTensor:
 def shared_plan(a: Candidate, b: Candidate) -> tuple[PrunePlan | None, str | None]:
     """The plan that made B's weights from A's; or None and, where their sizes differ, why it is not known."""
     path = b.checkpoint.root / PLAN
-    unknown = f"what layers and MLP cost each cannot be told; 'weights' is both together ({b.label}'s, A's settings)."
+    unknown = f"what layers and MLP cost each cannot be told; 'weights' is all together ({b.label}'s, A's settings)."
     sizes = [_sizes(each.checkpoint) for each in (a, b)]
     if not path.is_file():
         return None, None if sizes[0] == sizes[1] else f"{b.label} has no {PLAN}: {unknown}"
