@@ -51,6 +51,7 @@ class RefitTowers:
     report: dict[str, dict[int, dict[str, Any]]]
 
 
+@torch.inference_mode()
 def refit_towers(
     checkpoint: Checkpoint,
     plan: PrunePlan,
