@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from evla_cli import pipeline
 from evla_cli.calibration import Sample, load_samples
 from evla_cli.checkpoint.tensors import total_elements
 from evla_cli.evaluation.compare import with_pruned_towers
-from evla_cli.evaluation.fidelity import Fidelity, fidelity, predict_samples
+from evla_cli.evaluation.fidelity import Fidelity, Predictions, fidelity, predict_samples
 from evla_cli.evaluation.flops import count_flops
 from evla_cli.evaluation.report import table
 from evla_cli.families import open_checkpoint
@@ -46,13 +47,14 @@ VARIANTS = {
 class Judge:
     dense: Policy
     samples: list[Sample]
+    predicted: Predictions  # by the dense model
 
     def cells(self, policy: Policy) -> list[str]:
         moved = self.fidelity(policy, 0)
         return [f"{self.feature_error(policy):.4f}", self._mean(moved), f"{moved.cognition_cosine.mean():.4f}"]
 
     def fidelity(self, policy: Policy, seed: int) -> Fidelity:
-        return fidelity(predict_samples(self.dense, self.samples), predict_samples(policy, self.samples, seed=seed))
+        return fidelity(self.predicted, predict_samples(policy, self.samples, seed=seed))
 
     @staticmethod
     def _mean(found: Fidelity) -> str:
@@ -80,24 +82,26 @@ def main() -> None:
     test = _write_samples(arguments.output / "test", [lines[number] for number in held_out])
     importance = arguments.output / "importance.json"
     pipeline.analyze_to_file(DENSE, fit, importance, with_activations=True)
-    judge = Judge(policy_from_checkpoint(DENSE), load_samples(test, "image"))
+    dense, samples = policy_from_checkpoint(DENSE, dtype=torch.float32), load_samples(test, "image")
+    judge = Judge(dense, samples, predict_samples(dense, samples))
     rows = [["other noise", "", "", judge._mean(judge.fidelity(judge.dense, 1)), ""]]
     checkpoint = open_checkpoint(DENSE)
     before = count_flops(judge.dense.model, judge.dense.settings).vision, total_elements(checkpoint.weights)
     for name, options in VARIANTS.items():
         dest = arguments.output / name.replace(" ", "_").replace("%", "percent")
         result = pipeline.prune(DENSE, dest, importance=importance, vision=options, refit=RefitOptions(fit))
-        samples = load_samples(fit, "image")
-        judges = samples[4::5]
-        ordered = [sample for sample in samples if sample not in judges] + judges
+        calibration = load_samples(fit, "image")
+        judges = calibration[4::5]  # as in evla_cli.refitting
+        ordered = [sample for sample in calibration if sample not in judges] + judges
         towers = refit_towers(checkpoint, result.plan, ordered, len(ordered) - len(judges), 8, "cpu", None)
-        plain = policy_from_weights(with_pruned_towers(checkpoint, result.plan))
+        plain = policy_from_weights(with_pruned_towers(checkpoint, result.plan), dtype=torch.float32)
         for kind, policy in (
             ("no", plain),
-            ("towers", policy_from_weights(towers.checkpoint)),
-            ("all", policy_from_checkpoint(dest)),
+            ("towers", policy_from_weights(towers.checkpoint, dtype=torch.float32)),
+            ("all", policy_from_checkpoint(dest, dtype=torch.float32)),
         ):
             rows.append([name, kind, *judge.cells(policy)])
+            print(*rows[-1], sep=" | ", file=sys.stderr)
         share = count_flops(plain.model, plain.settings).vision / before[0]
         print(f"{name}: {share:.1%} of the towers' FLOPs, {result.parameters_after / before[1]:.1%} of all parameters")
     print(table(["removed", "refit", "feature error", "action error", "cosine of cognition"], rows))
