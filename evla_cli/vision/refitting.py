@@ -169,37 +169,38 @@ class _Student:
     def _fit(
         self, block: Any, fc2: nn.Linear, arguments: list[dict[str, Any]], stored: dict[str, torch.dtype], begin: int
     ) -> _Fit:
-        before = torch.cat((fc2.weight.double(), fc2.bias.double()[:, None]), dim=1)  # (D, K + 1)
-        scale = (
-            torch.ones_like(before[:, :1])
-            if self._scale is None
-            else block.get_parameter(self._scale).double()[:, None]
-        )
+        before = torch.column_stack((fc2.weight.double(), fc2.bias.double()))  # (D, K + 1)
+        scale = torch.ones(len(before), 1) if self._scale is None else block.get_parameter(self._scale)[:, None]
+        scale = scale.to(before)
         equations = NormalEquations(before.shape[1], len(before), before.device)
         for inputs, residual in self._rows(block, arguments, begin, to_fit=True):
             equations.add(inputs, residual)
-        # Where nothing is lacking, before the first block that was pruned, there is nothing to solve.
-        solutions = equations.solutions() if bool(equations.moment.any()) else iter(())
-        ridges: list[float | None] = [None]
-        candidates: list[dict[str, Tensor]] = [{}]
-        for ridge, change in solutions:
+        held = Scratch(_IN_MEMORY_BYTES)
+        judging = [held.hold(rows) for rows in self._rows(block, arguments, begin, to_fit=False)]
+        count = sum(residual.numel() for _, residual in judging)
+
+        def rounded(change: Tensor) -> Tensor:
             after = before + torch.where(scale == 0, 0.0, change / scale)
-            candidate = {"weight": after[:, :-1].to(stored["weight"]), "bias": after[:, -1].to(stored["bias"])}
-            if all(map(is_finite, candidate.values())):
-                ridges.append(ridge)
-                candidates.append(candidate)
+            return torch.column_stack([part.to(stored[kind]).double() for kind, part in _split(after).items()])
+
+        def error(after: Tensor | None) -> float:
+            moved = None if after is None else scale * (after - before)
+            rows = (move(rows, self._stream.device) for rows in judging)
+            return math.sqrt(sum(squared_error(*each, moved) for each in rows) / count)
+
+        ridges: list[float | None] = [None]
+        candidates: list[Tensor | None] = [None]
+        # Where nothing is lacking, before the first block that was pruned, there is nothing to solve.
+        for ridge, change in equations.solutions() if bool(equations.moment.any()) else ():
+            ridges.append(ridge)
+            candidates.append(rounded(change))
         del equations
-        errors, count = [0.0] * len(candidates), 0
-        for inputs, residual in self._rows(block, arguments, begin, to_fit=False):
-            count += residual.numel()
-            for number, candidate in enumerate(candidates):
-                moved = None
-                if candidate:
-                    rounded = torch.cat((candidate["weight"].double(), candidate["bias"].double()[:, None]), dim=1)
-                    moved = scale * (rounded - before)
-                errors[number] += squared_error(inputs, residual, moved)
+        errors = [error(candidate) for candidate in candidates]
         best = best_candidate(errors)
-        return _Fit(candidates[best], ridges[best], (math.sqrt(errors[0] / count), math.sqrt(errors[best] / count)))
+        chosen = candidates[best]
+        parts = {} if chosen is None else _split(chosen)
+        parameters = {kind: part.to(stored[kind]) for kind, part in parts.items()}
+        return _Fit(parameters, ridges[best], (errors[0], errors[best]))
 
     def _rows(
         self, block: Any, arguments: list[dict[str, Any]], begin: int, to_fit: bool
@@ -222,3 +223,8 @@ class _Student:
         with captured_inputs(block.mlp.fc2) as seen:
             output = block(hidden_states, **arguments)
         return seen[0], output
+
+
+def _split(joined: Tensor) -> dict[str, Tensor]:
+    """(D, K + 1) -> fc2's weight (D, K) and bias (D)."""
+    return {"weight": joined[:, :-1], "bias": joined[:, -1]}
