@@ -60,10 +60,10 @@ def prune_weights(
     for tower, stack in plan.vision.items():
         blocks, *others = (tower_prefixes or {})[tower]
         pruned = _prune_stack(pruned, stack, blocks)
-        for other in others if stack.mlp_keep is not None else ():
+        keep = None if stack.mlp_keep is None else stack.mlp_keep[-1]
+        for other in others:
             for name in [name for name in pruned if name.startswith(f"{other}.mlp.")]:
-                rest = name.removeprefix(f"{other}.")
-                pruned[name] = _prune_tensor(name, rest, pruned[name], stack.mlp_keep[-1])
+                pruned[name] = _prune_tensor(name, name.removeprefix(f"{other}."), pruned[name], keep)
     return pruned
 
 

@@ -186,7 +186,7 @@ class _Student:
         def error(after: Tensor | None) -> float:
             moved = None if after is None else scale * (after - before)
             rows = (move(rows, self._stream.device) for rows in judging)
-            return math.sqrt(sum(squared_error(*each, moved) for each in rows) / count)
+            return math.sqrt(sum(squared_error(inputs, residual, moved) for inputs, residual in rows) / count)
 
         ridges: list[float | None] = [None]
         candidates: list[Tensor | None] = [None]
