@@ -38,6 +38,8 @@ from evla_cli.refitting import RefitOptions, refit_layers
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
+from evla_cli.vision.measuring import TowerMeter, channel_name
+from evla_cli.vision.planning import ReadRms, VisionOptions, check_towers, foreseen_towers, plan_towers
 
 OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,6 +80,7 @@ def analyze(
     reader = checkpoint.reader
     if ranks.first:  # it alone hashes the checkpoint
         reader.start_reading()
+    meter = TowerMeter(checkpoint, with_channels=channel_rms is not None)
     with torch.inference_mode(), _out_of_memory(device):
         stream = DecoderStream(
             checkpoint,
@@ -86,7 +89,11 @@ def analyze(
             DTYPES[dtype],
             device,
             memory_budget=None if memory_budget is None else parse_size(memory_budget),
+            watch=meter.watch,
         )
+        vision = meter.scores(ranks)
+        if channel_rms is not None:
+            channel_rms |= meter.channels(ranks, _root_mean_square)
         scores = []
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
             for index, layer in enumerate(stream.layers()):
@@ -117,6 +124,7 @@ def analyze(
         dtype=dtype,
         batch_size=batch_size,
         action_head=action_head,
+        vision=vision,
     )
 
 
@@ -218,13 +226,14 @@ def prune(
     mlp_prune_ratio: float = 0.0,
     mlp_method: str = "prunenet",
     seed: int = 0,
+    vision: VisionOptions | None = None,
     plan_file: Path | None = None,
     refit: RefitOptions | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
 ) -> PruneResult:
-    """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout.
+    """Remove decoder layers and MLP width, of vision towers, too; write the pruned checkpoint in the source's layout.
 
     The source is hashed while it is copied, so that it is read once. That `importance` or `plan_file` belong to this
     very checkpoint is therefore checked last, or before row selection where that takes long.
@@ -253,7 +262,16 @@ def prune(
             if importance and scores and mlp_method == "activation":
                 read_rms = _given_activations(importance, scores, checkpoint)
             plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed, read_rms)
-        return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix)
+            if vision is not None:
+                read_towers = None
+                if vision.mlp_prune_ratio and vision.mlp_method == "activation":
+                    if importance is None or scores is None:
+                        raise EvlaError("--vision-mlp-method activation needs --importance from evla analyze.")
+                    read_towers = _given_tower_activations(importance, scores, checkpoint)
+                measured = scores.vision if scores else {}
+                towers, facts = plan_towers(checkpoint, vision, measured, read_towers, seed)
+                plan = replace(plan, vision=towers, how=plan.how | facts)
+        return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
 
     def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
         if plan.checkpoint_sha256 != "":
@@ -298,7 +316,12 @@ def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> Pru
     if width < source.intermediate_size:
         _mlp_names(source)
         mlp_keep = (tuple(range(width)),) * len(keep)
-    return PrunePlan(source.num_layers, source.intermediate_size, keep, mlp_keep)
+    towers = foreseen_towers(source, vision_options(options))
+    return PrunePlan(source.num_layers, source.intermediate_size, keep, mlp_keep, vision=towers)
+
+
+def vision_options(options: PruneRecipe) -> VisionOptions:
+    return VisionOptions(options.vision_drop_layers, options.vision_mlp_prune_ratio, options.vision_mlp_method)
 
 
 def _new_plan(
@@ -343,6 +366,7 @@ def _given_plan(path: Path, checkpoint: Checkpoint) -> PrunePlan:
                 f"{path} is for a checkpoint whose {name} is {getattr(plan, name)}, that of {checkpoint.root} is "
                 f"{getattr(checkpoint, name)}."
             )
+    check_towers(plan.vision, checkpoint)
     return plan
 
 
@@ -357,17 +381,37 @@ def _given_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
 
 
 def _given_activations(importance: Path, scores: LayerImportance, checkpoint: Checkpoint) -> Callable[[int], Tensor]:
-    """Root mean square of every MLP channel (F) by layer, from the file beside `importance`."""
+    """Root mean square of every MLP channel (F) by decoder layer, from the file beside `importance`."""
+    path, tensors = _activations(importance, scores)
+    check_weights(
+        {str(layer): (checkpoint.intermediate_size,) for layer in range(checkpoint.num_layers)},
+        {name: lazy for name, lazy in tensors.items() if name.isdecimal() or not checkpoint.family.towers},
+        path,
+    )
+    return lambda layer: load_finite(f"{path}: layer {layer}", tensors[str(layer)])
+
+
+def _given_tower_activations(importance: Path, scores: LayerImportance, checkpoint: Checkpoint) -> ReadRms:
+    """The same by vision tower and block."""
+    path, tensors = _activations(importance, scores)
+
+    def read(tower: str, block: int) -> Tensor:
+        name = channel_name(tower, block)
+        check_weights(
+            {name: (checkpoint.tower_sizes(tower)[1],)}, {key: tensors[key] for key in tensors if key == name}, path
+        )
+        return load_finite(f"{path}: {name}", tensors[name])
+
+    return read
+
+
+def _activations(importance: Path, scores: LayerImportance) -> tuple[Path, LazyTensors]:
     path = activations_file(importance)
     if scores.activations_sha256 is None:
         raise EvlaError(f"{importance} was made without activations: run evla analyze with --activations.")
     if not has_activations(importance):
         raise EvlaError(f"{path} is missing or not the one made with {importance}: run evla analyze again.")
-    tensors = read_safetensors(path)
-    check_weights(
-        {str(layer): (checkpoint.intermediate_size,) for layer in range(checkpoint.num_layers)}, tensors, path
-    )
-    return lambda layer: load_finite(f"{path}: layer {layer}", tensors[str(layer)])
+    return path, read_safetensors(path)
 
 
 def _check_source(path: Path | None, sha256: str, reader: CheckpointReader) -> None:

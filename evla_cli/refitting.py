@@ -8,7 +8,8 @@ it, its removed rows, and the drift of all layers before it.
 
 Two students go that way. One is fit to four samples of five, and what it is on the fifth chooses lambda and, at the
 end, whether refit helps at all; the other takes over its lambdas, is fit to all samples, and is what is written. A
-third, which is not refit, shows on the fifth what they are to be held against.
+third, which is not refit, shows on the fifth what they are to be held against. Where vision towers are pruned, all
+three stand behind those towers, refit before.
 
 Held are: the dense layer and the student's, the next one being read, the sets of hidden states, one Gram matrix, and
 the rows of one layer that judge. The refit weights wait in an unnamed file until they are written.
@@ -35,6 +36,7 @@ from evla_cli.models.skeleton import check_device
 from evla_cli.models.streaming import Batch, DecoderStream, captured_inputs
 from evla_cli.plan import PrunePlan
 from evla_cli.progress import progress_bar
+from evla_cli.vision.refitting import refit_towers
 
 _HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _IN_MEMORY_BYTES = 2**27  # of refit weights, and of rows that judge; what is more stands in a file
@@ -91,9 +93,18 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
         raise EvlaError(f"The plan was refit with {key} {recorded.get(key)}, not {settings[key]}: give the same.")
     # Those that judge come last, so that at most one batch holds samples of both kinds.
     ordered = [sample for sample in samples if sample not in held_out] + held_out
-    budget = None if options.memory_budget is None else parse_size(options.memory_budget) // 4  # four sets of states
+    sets = 5 if plan.vision else 4  # of hidden states: the dense model's, three students', what those begin with
+    budget = None if options.memory_budget is None else parse_size(options.memory_budget) // sets
+    num_fit = len(samples) - len(held_out)
+    towers, begin = None, None
+    if plan.vision:  # first, so that the decoder's layers make up for what the towers' could not
+        towers = refit_towers(checkpoint, plan, ordered, num_fit, options.batch_size, options.device, budget)
+        begin = DecoderStream(
+            towers.checkpoint, ordered, options.batch_size, torch.float32, options.device, memory_budget=budget
+        ).batches
     stream = DecoderStream(checkpoint, ordered, options.batch_size, torch.float32, options.device, memory_budget=budget)
-    walk = _Walk(stream, len(samples) - len(held_out), options.last_weight, budget)
+    walk = _Walk(stream, begin or stream.batches, num_fit, options.last_weight, budget)
+    del begin
     weights: LazyTensors = {}
     layers: dict[int, dict[str, Any]] = {}
     done = Scratch(_IN_MEMORY_BYTES)
@@ -109,7 +120,10 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     final = walk.final_errors(stream.load_part(f"{checkpoint.family.decoder}.norm"))
     before, after = list(final.values())[-1]
     helps = after < before
-    return weights if helps else {}, settings | {"helps": helps, "final_rms": final, "layers": layers}
+    report = settings | {"helps": helps, "final_rms": final, "layers": layers}
+    if towers is None:
+        return weights if helps else {}, report
+    return towers.weights | (weights if helps else {}), report | {"vision": towers.report}
 
 
 def _pruned_layers(stream: DecoderStream, plan: PrunePlan) -> Iterator[tuple[int, nn.Module, list[dict[str, Any]]]]:
@@ -155,17 +169,26 @@ _Rows = tuple[Tensor, Tensor, Tensor]
 class _Walk:
     """The students on their way; the first `num_fit` samples are fit to by both, the others judge one of them."""
 
-    def __init__(self, stream: DecoderStream, num_fit: int, last_weight: float | None, memory_budget: int | None):
+    def __init__(
+        self,
+        stream: DecoderStream,
+        begin: list[Batch],
+        num_fit: int,
+        last_weight: float | None,
+        memory_budget: int | None,
+    ):
+        """`begin`: the students' hidden states before the first layer; others than the dense model's where towers are
+        pruned."""
         self._stream = stream
         sizes = [len(batch.hidden_states) for batch in stream.batches]
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
         self._judges = [start + torch.arange(size) >= num_fit for start, size in zip(starts, sizes, strict=True)]
         self._kinds = [_position_kinds(stream, batch) for batch in stream.batches]
         self._counts = [_counts(stream, batch, last_weight) for batch in stream.batches]
-        everything = range(len(sizes))
-        self._judged = _Student(stream, everything, memory_budget)
-        self._written = _Student(stream, everything, memory_budget)
-        self._plain = _Student(stream, [n for n in everything if bool(self._judges[n].any())], memory_budget)
+        self._judged = _Student(stream, begin, range(len(begin)), memory_budget)
+        self._written = _Student(stream, begin, range(len(begin)), memory_budget)
+        judging = [number for number, judges in enumerate(self._judges) if bool(judges.any())]
+        self._plain = _Student(stream, begin, judging, memory_budget)
         self._checked = False
 
     def pass_through(self, layer: Any, arguments: list[dict[str, Any]], stored: torch.dtype) -> Fit:
@@ -284,10 +307,10 @@ def _last(real: Tensor) -> tuple[Tensor, Tensor]:
 class _Student:
     """A pruned model's hidden states of the batches of these numbers, at the input of the layer whose turn it is."""
 
-    def __init__(self, stream: DecoderStream, numbers: Iterable[int], memory_budget: int | None):
+    def __init__(self, stream: DecoderStream, begin: list[Batch], numbers: Iterable[int], memory_budget: int | None):
         self._stream = stream
         held = Scratch(2**62 if memory_budget is None else memory_budget)
-        self.hidden_states = {number: held.hold(stream.batches[number].hidden_states.clone()) for number in numbers}
+        self.hidden_states = {number: held.hold(begin[number].hidden_states.clone()) for number in numbers}
 
     def advance(self, layer: Any, arguments: list[dict[str, Any]]) -> None:
         for number, hidden_states in self.hidden_states.items():

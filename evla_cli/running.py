@@ -92,7 +92,7 @@ def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
     if recipe.prune is not None:
         plan = pipeline.foreseen_plan(source, recipe.prune, ranked=recipe.analyze is not None)
         num_layers = len(plan.keep_layers)
-        weights = prune_weights(weights, plan, source.family.decoder_layers)
+        weights = prune_weights(weights, plan, source.family.decoder_layers, source.family.tower_prefixes)
         num_bytes["prune"] = total_bytes(weights)
     if recipe.export is not None:
         parse_size(recipe.export.max_shard_size)
@@ -115,7 +115,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
         data = path.parent / analyze.samples
         samples = load_samples(data, source.family.sample_kind, analyze.num_samples)
         analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
-        with_activations = recipe.prune is not None and recipe.prune.mlp_method == "activation"
+        with_activations = recipe.prune is not None and recipe.prune.needs_activations
         if with_activations:
             analyze_options["activations"] = True
         stages.run(
@@ -158,6 +158,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 mlp_prune_ratio=prune.mlp_prune_ratio,
                 mlp_method=prune.mlp_method,
                 seed=prune.seed,
+                vision=pipeline.vision_options(prune),
                 refit=refit,
                 overwrite=True,
                 on_complete=on_complete,

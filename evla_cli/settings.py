@@ -22,6 +22,7 @@ DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
 SAMPLERS = ("ddim", "ddpm")
 MLP_METHODS = ("prunenet", "activation", "magnitude", "random")
+VISION_MLP_METHODS = ("activation", "magnitude", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -208,6 +209,9 @@ class PruneRecipe:
     mlp_prune_ratio: float = 0.0
     mlp_method: str = "prunenet"
     seed: int = 0
+    vision_drop_layers: int = 0  # from each vision tower
+    vision_mlp_prune_ratio: float = 0.0
+    vision_mlp_method: str = "activation"
     refit: bool = False  # on the samples of `analyze`
     refit_last_weight: float | None = None  # how often a sample's last position counts; None: see RefitOptions
 
@@ -217,6 +221,17 @@ class PruneRecipe:
         _one_of("mlp_method", self.mlp_method, MLP_METHODS)
         if not 0 <= self.mlp_prune_ratio < 1:
             raise EvlaError(f"mlp_prune_ratio is the fraction removed, in [0, 1), got {self.mlp_prune_ratio}.")
+        _at_least("vision_drop_layers", self.vision_drop_layers, 0)
+        _one_of("vision_mlp_method", self.vision_mlp_method, VISION_MLP_METHODS)
+        if not 0 <= self.vision_mlp_prune_ratio < 1:
+            raise EvlaError(
+                f"vision_mlp_prune_ratio is the fraction removed, in [0, 1), got {self.vision_mlp_prune_ratio}."
+            )
+
+    @property
+    def needs_activations(self) -> bool:
+        vision = self.vision_mlp_prune_ratio > 0 and self.vision_mlp_method == "activation"
+        return vision or self.mlp_method == "activation"
 
 
 @dataclass(frozen=True)
@@ -251,7 +266,12 @@ class Recipe:
         if self.analyze is self.prune is self.export is None:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
         if self.analyze is None and self.prune is not None:
-            needing = {"mlp_method": self.prune.mlp_method == "activation", "refit": self.prune.refit}
+            needing = {
+                "mlp_method": self.prune.mlp_method == "activation",
+                "vision_drop_layers": self.prune.vision_drop_layers > 0,
+                "vision_mlp_method": self.prune.needs_activations,
+                "refit": self.prune.refit,
+            }
             for key in [key for key, needs in needing.items() if needs]:
                 raise EvlaError(f"prune.{key} needs calibration samples: give the recipe an analyze section.")
 

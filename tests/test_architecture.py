@@ -15,7 +15,7 @@ LAYERS = [
     {"running"},
     {"pipeline"},
     {"bundling", "comparison", "evaluation", "refitting"},
-    {"runtime"},
+    {"runtime", "vision"},
     {"models", "methods"},
     {"families"},
     {"plan", "settings", "calibration"},

@@ -43,7 +43,7 @@ def command(
     as_json: bool,
     overwrite: bool,
 ) -> None:
-    """Measure how much each decoder layer of SOURCE does.
+    """Measure how much each decoder layer of SOURCE does, and each block of its vision towers.
 
     The importance of a layer is 1 minus the mean cosine of its input and output over calibration samples: a layer that
     changes nothing scores 0. Layers are read one at a time, so a checkpoint need not fit into memory.

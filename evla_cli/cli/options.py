@@ -48,6 +48,7 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 METHOD_CHOICE = click.Choice(["prunenet", "activation", "magnitude", "random"])
+VISION_METHOD_CHOICE = click.Choice(["activation", "magnitude", "random"])
 SEED = click.IntRange(0, 2**63 - 1)
 DTYPE_CHOICE = click.Choice(["float32", "bfloat16", "float16"])
 

@@ -6,6 +6,7 @@ from evla_cli.cli.options import (
     METHOD_CHOICE,
     PATH,
     SEED,
+    VISION_METHOD_CHOICE,
     IdList,
     device_option,
     json_option,
@@ -21,6 +22,8 @@ Examples:
   evla prune llama/ pruned/ --drop-layer-ids 13,14,15
   evla prune llama/ pruned/ --importance importance.json --drop-layers 8 --mlp-prune-ratio 0.25 \\
       --mlp-method activation --refit --samples texts.jsonl
+  evla prune cogact-base/ pruned/ --importance importance.json --drop-layers 10 \\
+      --vision-drop-layers 6 --vision-mlp-prune-ratio 0.25 --refit --samples calibration/
   evla prune cogact-base/ pruned/ --importance importance.json --keep-layers 22 --dry-run
   evla prune cogact-base/ again/ --plan pruned/prune_plan.yaml
 """
@@ -48,6 +51,27 @@ Examples:
     help="Fraction of MLP width removed; what stays is rounded to a multiple of 64 (narrow MLPs: less).",
 )
 @click.option("--mlp-method", type=METHOD_CHOICE, default="prunenet", show_default=True, help="How rows are chosen.")
+@click.option(
+    "--vision-drop-layers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How many blocks go from each vision tower: the least important of those that run.",
+)
+@click.option(
+    "--vision-mlp-prune-ratio",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Fraction of the towers' MLP width removed, rounded like the decoder's.",
+)
+@click.option(
+    "--vision-mlp-method",
+    type=VISION_METHOD_CHOICE,
+    default="activation",
+    show_default=True,
+    help="How the towers' rows are chosen.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of prunenet's training and of random rows.")
 @click.option(
     "--plan", "plan_file", type=PATH, help="Follow a prune_plan.yaml of this very checkpoint instead of deciding anew."
@@ -78,6 +102,9 @@ def command(
     protect_first: int | None,
     mlp_prune_ratio: float,
     mlp_method: str,
+    vision_drop_layers: int,
+    vision_mlp_prune_ratio: float,
+    vision_mlp_method: str,
     seed: int,
     plan_file: Path | None,
     refit: bool,
@@ -93,6 +120,8 @@ def command(
 ) -> None:
     """Write a copy of SOURCE to DEST without its least important decoder layers and with narrower MLPs.
 
+    The --vision options do the same to the blocks of a VLA's vision towers.
+
     DEST has SOURCE's own layout: layers are renumbered, the config is adapted, everything else is copied.
 
     With --refit, the last linear layer of every MLP that stays is fit to the dense model's hidden states on calibration
@@ -100,8 +129,12 @@ def command(
     the others; where that does not bring it nearer to the dense model, all weights stay as they are.
     """
     decided = num_drop is not None or num_keep is not None or bool(drop_ids) or mlp_prune_ratio != 0
+    decided = decided or vision_drop_layers != 0 or vision_mlp_prune_ratio != 0
     if plan_file is None and not decided:
-        raise EvlaError("Nothing to remove: give --drop-layers, --keep-layers, --drop-layer-ids or --mlp-prune-ratio.")
+        raise EvlaError(
+            "Nothing to remove: give --drop-layers, --keep-layers, --drop-layer-ids, --mlp-prune-ratio or one of the "
+            "--vision options."
+        )
     if plan_file is not None and (decided or importance is not None):
         raise EvlaError("--plan says what goes; leave out --importance and the options that decide it.")
     if refit != (data is not None):
@@ -114,6 +147,7 @@ def command(
     from evla_cli import pipeline
     from evla_cli.evaluation.report import print_json, prune_table
     from evla_cli.refitting import RefitOptions
+    from evla_cli.vision.planning import VisionOptions
 
     result = pipeline.prune(
         source,
@@ -126,6 +160,7 @@ def command(
         mlp_prune_ratio=mlp_prune_ratio,
         mlp_method=mlp_method,
         seed=seed,
+        vision=VisionOptions(vision_drop_layers, vision_mlp_prune_ratio, vision_mlp_method),
         plan_file=plan_file,
         refit=None
         if data is None

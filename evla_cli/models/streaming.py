@@ -9,11 +9,11 @@ float32, linear weights stored in half precision stay as they are and are widene
 `tiled_linear`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evla_cli.calibration import Sample
 from evla_cli.checkpoint.tensors import is_finite, keep_freed_memory, load_finite
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import Checkpoint
+from evla_cli.families.base import Checkpoint, Tower
 from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.skeleton import assign_weights, checked_skeleton, drop_weights, move_buffers
 from evla_cli.models.tiled_linear import tile_linear
@@ -48,6 +48,8 @@ class DecoderStream:
     """The decoder of a checkpoint, one layer in memory at a time (and the next one being read).
 
     Args:
+        tower: stream the blocks of this vision tower instead, those that run.
+        watch: given the model, what to do while samples go through everything before the layers.
         memory_budget: bytes of hidden states and layer arguments held in the device's memory; those of further batches
             stand in a file, see `Scratch`. None: all in memory.
 
@@ -62,6 +64,8 @@ class DecoderStream:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         memory_budget: int | None = None,
+        tower: Tower | None = None,
+        watch: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ):
         keep_freed_memory()
         self.device = device
@@ -78,17 +82,24 @@ class DecoderStream:
                 stored = weight.dtype if dtype == torch.float32 else dtype
                 if tile_linear(module, stored, dtype, device):
                     self._dtypes[f"{name}.weight"] = stored
-        where = checkpoint.family.visual_positions
+        family = checkpoint.family
+        where = family.visual_positions
         self.visual_positions = range(0) if where is None else where(self._model.config)
-        decoder: Any = self._model.get_submodule(checkpoint.family.decoder)
-        self._layers = list(decoder.layers)
+        self._prefix = family.decoder_layers if tower is None else tower.blocks
+        self._embed, self._watch = (family.embed if tower is None else tower.see), watch
+        blocks = list(cast(nn.ModuleList, self._model.get_submodule(self._prefix)))
+        self._layers, self._idle = (blocks, []) if tower is None else (blocks[:-1], blocks[-1:])
         scratch = None if memory_budget is None else Scratch(memory_budget)
         self.batches: list[Batch] = []
         for start in range(0, len(samples), batch_size):
-            batch = self._record(decoder, list(samples[start : start + batch_size]))
+            batch = self._record(list(samples[start : start + batch_size]))
             self.batches.append(batch if scratch is None else replace(batch, **scratch.hold(vars(batch))))
         for module in self._model.children():
             drop_weights(module)
+
+    @property
+    def config(self) -> Any:
+        return self._model.config
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -132,7 +143,7 @@ class DecoderStream:
         return part
 
     def _read_layer(self, index: int) -> _Read:
-        return self._read(self._layers[index], f"{self._checkpoint.family.decoder_layers}.{index}.")
+        return self._read(self._layers[index], f"{self._prefix}.{index}.")
 
     def _read(self, module: nn.Module, prefix: str) -> _Read:
         """A module's weights on the device, and what to wait for before they are used. Can be done by a thread."""
@@ -143,17 +154,19 @@ class DecoderStream:
         lazy = self._checkpoint.weights[name]
         return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
 
-    def _record(self, decoder: Any, samples: list[Sample]) -> Batch:
-        """One batch through everything before the decoder, and the arguments of every layer."""
+    def _record(self, samples: list[Sample]) -> Batch:
+        """One batch through everything before the layers, and the arguments of every layer."""
+        owner_name, _, attribute = self._prefix.rpartition(".")
+        owner = self._model.get_submodule(owner_name)
         recorders = [_Recorder() for _ in self._layers]
-        decoder.layers = nn.ModuleList(recorders)
+        setattr(owner, attribute, nn.ModuleList([*recorders, *self._idle]))
         assert self._checkpoint.tokenizer_dir is not None
         like = torch.empty(0, device=self.device, dtype=self._dtype)
         try:
-            with self._loading_on_first_use(), torch.inference_mode():
-                mask = self._checkpoint.family.embed(self._model, samples, self._checkpoint.tokenizer_dir, like)
+            with self._loading_on_first_use(), self._watch(self._model), torch.inference_mode():
+                mask = self._embed(self._model, samples, self._checkpoint.tokenizer_dir, like)
         finally:
-            decoder.layers = nn.ModuleList(self._layers)
+            setattr(owner, attribute, nn.ModuleList([*self._layers, *self._idle]))
         calls = [recorder.call for recorder in recorders]
         return Batch(calls[0][0], mask, [arguments for _, arguments in calls])
 
