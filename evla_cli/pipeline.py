@@ -20,11 +20,17 @@ from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.safetensors_format import read_safetensors, write_safetensors
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
-from evla_cli.errors import EvlaError
+from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint, check_weights
-from evla_cli.methods.layer_importance import importance_and_error, run_layer
+from evla_cli.methods.layer_importance import (
+    importance_and_error,
+    position_weights,
+    real_positions,
+    run_layer,
+    sample_similarity,
+)
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
@@ -55,18 +61,21 @@ def analyze(
     memory_budget: str | None = None,
     with_action_head: bool = False,
     channel_rms: LazyTensors | None = None,
+    weights: dict[str, float] | None = None,
     ranks: Ranks = ALONE,
 ) -> LayerImportance:
     """How much every decoder layer does on the samples in `data`. Layers are read one at a time.
 
     Args:
         memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
+        weights: how often a position of each kind counts ("visual", "text", "cognition"); None: once, as in the paper.
         channel_rms: is given, for every layer, the root mean square of each MLP channel over all real positions.
         ranks: of a job whose processes share the samples; each of them returns the result for all samples.
     """
     with ranks.first_goes_first():
         check_device(device)
         checkpoint = open_checkpoint(source)
+        _check_position_weights(checkpoint, weights)
         if checkpoint.tokenizer_dir is None:
             raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
         samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
@@ -91,15 +100,19 @@ def analyze(
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
             for index, layer in enumerate(stream.layers()):
                 similarities, energies = [], []
+                of_kind: list[dict[str, float]] = []
                 for batch in stream.batches:
                     hidden_states, mask = stream.on_device(batch)
                     with captured_inputs(_mlp_output(layer, channel_rms)) as seen:
-                        values, output = run_layer(layer, hidden_states, mask, stream.arguments(batch, index))
+                        similarity, output = run_layer(layer, hidden_states, stream.arguments(batch, index))
                     batch.hidden_states.copy_(output)
-                    similarities += values
+                    kinds = _kinds(checkpoint, hidden_states, mask)
+                    counted = position_weights(kinds, weights) if weights else mask
+                    similarities += sample_similarity(similarity, counted).tolist()
+                    of_kind += _by_kind(similarity, kinds)
                     energies += [channel_energy(inputs, mask) for inputs in seen]
                     bar.update()
-                scores.append(LayerScore(index, *importance_and_error(ranks.gather(similarities))))
+                scores.append(_layer_score(index, ranks.gather(similarities), ranks.gather(of_kind), len(samples)))
                 if channel_rms is not None:
                     channel_rms[str(index)] = _root_mean_square(ranks.gather(energies))
         action_head = _denoise_similarity(checkpoint, stream, ranks) if with_action_head else None
@@ -117,6 +130,47 @@ def analyze(
         dtype=dtype,
         batch_size=batch_size,
         action_head=action_head,
+        position_weights=weights or None,
+    )
+
+
+def _check_position_weights(checkpoint: Checkpoint, weights: dict[str, float] | None) -> None:
+    """Errors: a kind of position that the model does not have; weights that would leave none to count."""
+    kinds = _kinds(checkpoint, torch.empty(1, 1, 0), None)
+    for kind, weight in (weights or {}).items():
+        if kind not in kinds:
+            raise EvlaError(f"Position weights: {checkpoint.root} has no kind '{kind}'. {suggest(kind, kinds)}")
+        if not 0 <= weight < math.inf:
+            raise EvlaError(f"The position weight of {kind} must be a number from 0 on, got {weight}.")
+    if not any((weights or {}).get(kind, 1.0) for kind in kinds):
+        raise EvlaError("All position weights are 0: nothing would be measured.")
+
+
+def _kinds(checkpoint: Checkpoint, hidden_states: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """A mask (B, T) of the positions of every kind."""
+    real, split = real_positions(hidden_states, mask), checkpoint.family.modalities
+    return {"text": real} if split is None else split(checkpoint.config, real)
+
+
+def _by_kind(similarity: Tensor, kinds: dict[str, Tensor]) -> list[dict[str, float]]:
+    """For every sample its mean similarity over the positions of each kind that it has; nothing where all are text."""
+    if len(kinds) == 1:
+        return []
+    means = {kind: sample_similarity(similarity, mask).tolist() for kind, mask in kinds.items()}
+    count = len(similarity)
+    return [{kind: values[n] for kind, values in means.items() if bool(kinds[kind][n].any())} for n in range(count)]
+
+
+def _layer_score(index: int, similarities: list[float], of_kind: list[dict[str, float]], num_samples: int) -> LayerScore:
+    if len(similarities) != num_samples:
+        raise EvlaError(f"Layer {index} was reached by {len(similarities)} of {num_samples} samples; it has no score.")
+    found = sorted({kind for kinds in of_kind for kind in kinds})
+    values = {kind: [kinds[kind] for kinds in of_kind if kind in kinds] for kind in found}
+    return LayerScore(
+        index,
+        *importance_and_error(similarities),
+        per_sample=tuple(round(1.0 - similarity, 9) for similarity in similarities),  # cosines are float32
+        by_modality={kind: importance_and_error(values[kind])[0] for kind in found} or None,
     )
 
 

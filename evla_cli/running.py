@@ -128,6 +128,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 num_samples=analyze.num_samples,
                 batch_size=analyze.batch_size,
                 dtype=analyze.dtype,
+                weights=analyze.position_weights,
                 with_activations=with_activations,
                 overwrite=True,
                 on_complete=on_complete,

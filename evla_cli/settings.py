@@ -194,6 +194,7 @@ class AnalyzeRecipe:
     num_samples: int | None = None
     batch_size: int = 8
     dtype: str = "float32"
+    position_weights: dict[str, float] = field(default_factory=dict)  # kind of position -> how often it counts
 
     def __post_init__(self) -> None:
         _at_least("batch_size", self.batch_size, 1)

@@ -64,3 +64,18 @@ class IdList(click.ParamType):
             return tuple(int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"'{value}' is not a list of whole numbers such as 3,7,9.", param, ctx)
+
+
+class KindWeight(click.ParamType):
+    """A kind of position and its weight, such as `cognition=20`."""
+
+    name = "kind=number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        kind, _, number = value.partition("=")
+        try:
+            return kind.strip(), float(number)
+        except ValueError:
+            self.fail(f"'{value}' is not a kind of position and a number, such as cognition=20.", param, ctx)

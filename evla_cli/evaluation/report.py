@@ -34,12 +34,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def importance_table(result: LayerImportance) -> str:
     rank = {layer: place for place, layer in enumerate(result.ranking(), start=1)}
+    kinds = sorted({kind for score in result.layers for kind in score.by_modality or ()})
     rows = []
     for score in result.layers:
         error = "" if score.standard_error is None else f"{score.standard_error:.5f}"
-        rows.append([str(score.index), f"{score.importance:.5f}", error, str(rank[score.index])])
+        parts = [f"{score.by_modality[kind]:.5f}" if score.by_modality else "" for kind in kinds]
+        rows.append([str(score.index), f"{score.importance:.5f}", error, str(rank[score.index]), *parts])
     note = f"{result.num_samples} samples, {result.dtype}; rank 1 does least and is removed first."
-    return table(["layer", "importance", "std. error", "rank"], rows) + "\n" + note
+    if result.position_weights:
+        weights = ", ".join(f"{kind} {weight:g}" for kind, weight in result.position_weights.items())
+        note += f" Positions count: {weights}, others 1."
+    return table(["layer", "importance", "std. error", "rank", *kinds], rows) + "\n" + note
 
 
 def prune_table(result: "PruneResult") -> str:

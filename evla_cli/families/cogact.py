@@ -28,9 +28,10 @@ from evla_cli.plan import PrunePlan
 from evla_cli.schema import from_mapping
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from evla_cli.calibration import Sample
+    from evla_cli.models.cogact import CogACTConfig
 
 _PARTS = {  # the model's prefix -> the native file's
     "dino": "model.vision_backbone.dino_featurizer",
@@ -504,7 +505,7 @@ tokenizer's files); copy them there if the original checkpoint came without.
 # Model
 
 
-def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
+def _build_config(config: dict[str, Any]) -> "CogACTConfig":
     from evla_cli.models.cogact import CogACTConfig
 
     return CogACTConfig(**config)
@@ -528,6 +529,14 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tenso
     return mask
 
 
+def _modalities(config: dict[str, Any], real: Tensor) -> dict[str, Tensor]:
+    """The sequence is [BOS] [V visual tokens] [rest of the prompt], whose last token is the cognition token."""
+    positions = torch.arange(real.shape[1], device=real.device)
+    visual = (positions >= 1) & (positions <= _build_config(config).num_visual_tokens)
+    cognition = positions == real.long().cumsum(dim=1).argmax(dim=1, keepdim=True)  # (B, T)
+    return {"visual": real & visual, "text": real & ~visual & ~cognition, "cognition": real & cognition}
+
+
 COGACT = ModelFamily(
     name="cogact",
     decoder="language_model.model",
@@ -544,4 +553,5 @@ COGACT = ModelFamily(
     embed=_embed,
     sample_kind="image",
     action_head="action_head",
+    modalities=_modalities,
 )
