@@ -20,6 +20,7 @@ from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.safetensors_format import read_safetensors, write_safetensors
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
+from evla_cli.choosing import ChoiceOptions, choose_by_samples
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
@@ -34,6 +35,7 @@ from evla_cli.methods.layer_importance import (
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
+from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream, captured_inputs
@@ -161,7 +163,9 @@ def _by_kind(similarity: Tensor, kinds: dict[str, Tensor]) -> list[dict[str, flo
     return [{kind: values[n] for kind, values in means.items() if bool(kinds[kind][n].any())} for n in range(count)]
 
 
-def _layer_score(index: int, similarities: list[float], of_kind: list[dict[str, float]], num_samples: int) -> LayerScore:
+def _layer_score(
+    index: int, similarities: list[float], of_kind: list[dict[str, float]], num_samples: int
+) -> LayerScore:
     if len(similarities) != num_samples:
         raise EvlaError(f"Layer {index} was reached by {len(similarities)} of {num_samples} samples; it has no score.")
     found = sorted({kind for kinds in of_kind for kind in kinds})
@@ -268,6 +272,7 @@ def prune(
     num_drop: int | None = None,
     num_keep: int | None = None,
     drop_ids: Sequence[int] = (),
+    choice: ChoiceOptions | None = None,
     protect_first: int | None = None,
     mlp_prune_ratio: float = 0.0,
     mlp_method: str = "prunenet",
@@ -284,6 +289,7 @@ def prune(
     very checkpoint is therefore checked last, or before row selection where that takes long.
 
     Args:
+        choice: choose the layers by running the model on samples; None: by the ranking in `importance`.
         plan_file: a prune_plan.yaml to follow, instead of all the options before it.
         refit: fit the layers that stay to the dense model on these samples; None: their weights stay as they are.
     """
@@ -300,13 +306,22 @@ def prune(
             scores = _given_importance(importance, checkpoint) if importance else None
             num_first = _num_protected(checkpoint, protect_first)
             ranking = scores.ranking() if scores else None
+            if choice is not None:
+                ranking = list(range(checkpoint.num_layers))  # any will do to count and to check
             keep = _layers_to_keep(checkpoint, ranking, num_drop, num_keep, drop_ids, num_first)
+            if choice is None:
+                chosen = _chosen_by_rank(scores, keep, drop_ids, num_first)
+            else:
+                keep, chosen = _chosen_by_samples(
+                    checkpoint, scores, choice, keep, drop_ids, num_first, refit is not None
+                )
             if scores and mlp_prune_ratio and mlp_method == "prunenet":
                 _check_source(importance, scores.checkpoint_sha256, reader)
             read_rms = None
             if importance and scores and mlp_method == "activation":
                 read_rms = _given_activations(importance, scores, checkpoint)
             plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed, read_rms)
+            plan = replace(plan, how=plan.how | chosen)
         return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix)
 
     def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
@@ -483,6 +498,31 @@ def _layers_to_keep(
     if not 0 <= protect_first <= num_layers:
         raise EvlaError(f"--protect-first must be between 0 and {num_layers}, got {protect_first}.")
     return choose_layers(ranking or list(range(num_layers)), num_drop, drop_ids, range(protect_first))
+
+
+def _chosen_by_rank(
+    scores: LayerImportance | None, keep: tuple[int, ...], drop_ids: Sequence[int], protect_first: int
+) -> dict[str, Any]:
+    """For the plan: how sure the samples are of it. Nothing without a choice, or in files of older versions."""
+    facts = {"layer_method": "cosine", "objective": "hidden"}
+    if scores is None or any(score.per_sample is None for score in scores.layers):
+        return facts
+    values = np.array([score.per_sample for score in scores.layers]).T  # (samples, layers)
+    candidates = sorted(set(range(protect_first, len(scores.layers))) - set(drop_ids))
+    found = stability(values, [layer for layer in candidates if layer not in keep], candidates)
+    return facts | ({} if found is None else {"stability": found})
+
+
+def _chosen_by_samples(
+    checkpoint: Checkpoint, options: ChoiceOptions, like: tuple[int, ...], drop_ids: Sequence[int], protect_first: int
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """As many layers as `like` has, and what the plan says about them."""
+    num_drop = checkpoint.num_layers - len(like)
+    dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
+    facts = {"layer_method": options.method, "objective": options.objective, "layer_choice": report}
+    stable = report["rounds"][-1].pop("stability") if report["rounds"] else None
+    keep = tuple(layer for layer in range(checkpoint.num_layers) if layer not in dropped)
+    return keep, facts | ({} if stable is None else {"stability": stable})
 
 
 def _channels_to_keep(

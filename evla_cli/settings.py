@@ -22,6 +22,8 @@ DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
 SAMPLERS = ("ddim", "ddpm")
 MLP_METHODS = ("prunenet", "activation", "magnitude", "random")
+LAYER_METHODS = ("cosine", "iterative", "refit-aware")
+OBJECTIVES = ("hidden", "action")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -205,6 +207,8 @@ class AnalyzeRecipe:
 class PruneRecipe:
     drop_layers: int = 0
     drop_layer_ids: tuple[int, ...] = ()
+    layer_method: str = "cosine"  # all but the default on the samples of `analyze`, and so `objective`
+    objective: str = "hidden"
     protect_first: int | None = None
     mlp_prune_ratio: float = 0.0
     mlp_method: str = "prunenet"
@@ -215,6 +219,8 @@ class PruneRecipe:
     def __post_init__(self) -> None:
         _at_least("drop_layers", self.drop_layers, 0)
         _at_least("seed", self.seed, 0)
+        _one_of("layer_method", self.layer_method, LAYER_METHODS)
+        _one_of("objective", self.objective, OBJECTIVES)
         _one_of("mlp_method", self.mlp_method, MLP_METHODS)
         if not 0 <= self.mlp_prune_ratio < 1:
             raise EvlaError(f"mlp_prune_ratio is the fraction removed, in [0, 1), got {self.mlp_prune_ratio}.")
@@ -253,6 +259,10 @@ class Recipe:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
         if self.analyze is None and self.prune is not None:
             needing = {"mlp_method": self.prune.mlp_method == "activation", "refit": self.prune.refit}
+            needing |= {
+                "layer_method": self.prune.layer_method != "cosine",
+                "objective": self.prune.objective != "hidden",
+            }
             for key in [key for key, needs in needing.items() if needs]:
                 raise EvlaError(f"prune.{key} needs calibration samples: give the recipe an analyze section.")
 

@@ -64,8 +64,9 @@ def command(
     The importance of a layer is 1 minus the mean cosine of its input and output over calibration samples: a layer that
     changes nothing scores 0. Layers are read one at a time, so a checkpoint need not fit into memory.
 
-    For a model that acts, the table also has every layer's importance over the visual tokens, the text and the cognition
-    token alone. The total counts every position once, as the paper does, unless --position-weight says otherwise.
+    For a model that acts, the table also has every layer's importance over the visual tokens, the text and the
+    cognition token alone. The total counts every position once, as the paper does, unless --position-weight says
+    otherwise.
 
     With --activations, importance.activations.safetensors is written beside importance.json: how large every MLP
     channel is on the samples (root mean square). Pruning at another ratio needs no new analysis.

@@ -48,6 +48,8 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 METHOD_CHOICE = click.Choice(["prunenet", "activation", "magnitude", "random"])
+LAYER_METHOD_CHOICE = click.Choice(["cosine", "iterative", "refit-aware"])
+OBJECTIVE_CHOICE = click.Choice(["hidden", "action"])
 SEED = click.IntRange(0, 2**63 - 1)
 DTYPE_CHOICE = click.Choice(["float32", "bfloat16", "float16"])
 

@@ -64,3 +64,26 @@ def stability(values: np.ndarray, dropped: Collection[int], candidates: Collecti
         "told_apart": share <= UNDECIDED_SHARE,
         "drop_shares": {layer: float(shares[layer]) for layer in sorted(candidates)},
     }
+
+
+def set_stability(drawn: np.ndarray, dropped: Collection[int], candidates: Collection[int]) -> dict[str, Any] | None:
+    """`stability` of a set that is chosen as a whole, from the set that every resample chooses, (R, L) bool.
+
+    The last layer that goes is the one that the fewest resamples remove, the first that stays the one that most do.
+    """
+    shares = drawn.mean(axis=0).round(6)
+    out = [layer for layer in candidates if layer in dropped]
+    stay = [layer for layer in candidates if layer not in dropped]
+    if not out or not stay:
+        return None
+    last, first = min(out, key=lambda layer: shares[layer]), max(stay, key=lambda layer: shares[layer])
+    share = float((drawn[:, first] & ~drawn[:, last]).mean().round(6))
+    return {
+        "num_resamples": RESAMPLES,
+        "seed": SEED,
+        "last_dropped": last,
+        "first_kept": first,
+        "exchanged_share": share,
+        "told_apart": share <= UNDECIDED_SHARE,
+        "drop_shares": {layer: float(shares[layer]) for layer in sorted(candidates)},
+    }

@@ -92,27 +92,36 @@ class DecoderStream:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def layers(self) -> Iterator[nn.Module]:
-        """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there."""
+    def layers(self, indices: Sequence[int] | None = None, again: bool = False) -> Iterator[nn.Module]:
+        """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there.
+
+        Args:
+            indices: the layers to run, ascending; None: all.
+            again: keep what the layers are called with, for another pass. The caller puts hidden states back.
+        """
+        order = range(len(self._layers)) if indices is None else indices
         if not self.batches:  # nothing is to be read for
-            yield from self._layers
+            yield from (self._layers[index] for index in order)
             return
         with ThreadPoolExecutor(1, "evla-next-layer") as reader:
-            following = reader.submit(self._read_layer, 0)
-            for index, layer in enumerate(self._layers):
-                weights, complete = following.result()
+            following = [reader.submit(self._read_layer, index) for index in order[:1]]
+            for place, index in enumerate(order):
+                layer = self._layers[index]
+                weights, complete = following.pop().result()
                 self._upload.wait(complete, weights.values())
                 assign_weights(layer, weights)
-                if index + 1 < len(self._layers):
-                    following = reader.submit(self._read_layer, index + 1)
+                following = [reader.submit(self._read_layer, index) for index in order[place + 1 : place + 2]]
                 yield layer
                 for batch in self.batches:
-                    if not is_finite(batch.hidden_states):
-                        raise EvlaError(
-                            f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32."
-                        )
-                    batch.arguments[index] = {}  # the last reference to what only this layer needed
+                    self.check_finite(index, batch.hidden_states)
+                    if not again:
+                        batch.arguments[index] = {}  # the last reference to what only this layer needed
                 drop_weights(layer)
+
+    def check_finite(self, index: int, hidden_states: Tensor) -> None:
+        """Errors: what layer `index` gave is not all numbers."""
+        if not is_finite(hidden_states):
+            raise EvlaError(f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32.")
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A batch's hidden states and mask, for those that stand in a file, too."""
