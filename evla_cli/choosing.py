@@ -156,7 +156,7 @@ class _Choice:
     def by_rounds(self, again: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
         """Remove the layer that does least until enough are gone, measured `again` after every removal, or once."""
         kept = [layer for layer in range(len(self._stream)) if layer not in self._forced]
-        dropped, steps = list(self._forced), []
+        dropped, steps = list(self._forced), list[dict[str, Any]]()
         more = self._num_drop - len(dropped)
         self.keep(0, self._states())
         dense = self._dense_output() if self._head is not None and self._forced else None

@@ -312,9 +312,9 @@ def prune(
             if choice is None:
                 chosen = _chosen_by_rank(scores, keep, drop_ids, num_first)
             else:
-                keep, chosen = _chosen_by_samples(
-                    checkpoint, scores, choice, keep, drop_ids, num_first, refit is not None
-                )
+                weights = scores.position_weights if scores else None
+                options = replace(choice, held_out=refit is not None, weights=weights)
+                keep, chosen = _chosen_by_samples(checkpoint, options, keep, drop_ids, num_first)
             if scores and mlp_prune_ratio and mlp_method == "prunenet":
                 _check_source(importance, scores.checkpoint_sha256, reader)
             read_rms = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evla_cli.checkpoint.tensors import total_bytes, total_elements
 from evla_cli.families import open_checkpoint
-from evla_cli.plan import LayerImportance
+from evla_cli.plan import LayerImportance, PrunePlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,15 +49,19 @@ def importance_table(result: LayerImportance) -> str:
 
 def prune_table(result: "PruneResult") -> str:
     plan = result.plan
-    scores = plan.how.get("importance")
+    scores = _scores(plan)
+    stable = plan.how.get("stability")
     rows = []
     for layer in range(plan.num_layers):
         kept = layer in plan.keep_layers
         new = str(plan.keep_layers.index(layer)) if kept else "-"
-        rows.append([str(layer), f"{scores[layer]:.5f}" if scores else "", "keep" if kept else "drop", new])
+        share = "" if stable is None or layer not in stable["drop_shares"] else f"{stable['drop_shares'][layer]:.1%}"
+        score = f"{scores[layer]:.5f}" if layer in scores else ""
+        rows.append([str(layer), score, "keep" if kept else "drop", new, share])
     before, after = result.parameters_before, result.parameters_after
     lines = [
-        table(["layer", "importance", "", "new index"], rows),
+        table(["layer", "score" if "layer_choice" in plan.how else "importance", "", "new index", "dropped in"], rows),
+        *([] if stable is None else [stability_note(stable)]),
         f"decoder layers   {plan.num_layers} -> {len(plan.keep_layers)}",
         f"MLP width        {plan.intermediate_size} -> {plan.kept_intermediate_size}"
         + (f"  ({plan.how['mlp_method']})" if plan.mlp_keep else ""),
@@ -72,6 +76,26 @@ def prune_table(result: "PruneResult") -> str:
     if refit:
         lines.append(refit_table(refit))
     return "\n".join(lines)
+
+
+def _scores(plan: PrunePlan) -> dict[int, float]:
+    """By layer: importance, or what the layer scored when it went, or else last."""
+    choice = plan.how.get("layer_choice")
+    if choice is None:
+        return dict(enumerate(plan.how.get("importance") or ()))
+    scores: dict[int, float] = {}
+    for step in choice["rounds"]:
+        scores |= step["scores"]
+    return scores
+
+
+def stability_note(stable: dict[str, Any]) -> str:
+    last, first, share = stable["last_dropped"], stable["first_kept"], stable["exchanged_share"]
+    verdict = "can be told apart" if stable["told_apart"] else "cannot be told apart"
+    return (
+        f"Layers {last} (dropped) and {first} (kept) {verdict}: in {share:.1%} of {stable['num_resamples']} bootstrap "
+        'resamples of the samples the choice is the other. "dropped in": share of resamples.'
+    )
 
 
 def refit_table(report: dict[str, Any]) -> str:
