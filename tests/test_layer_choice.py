@@ -18,7 +18,7 @@ from evla_cli.choosing import ChoiceOptions
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
-from evla_cli.methods.layer_choice import cheapest_runs
+from evla_cli.methods.layer_choice import Absorber, cheapest_runs
 from evla_cli.methods.refit import RIDGES
 from evla_cli.methods.stability import RESAMPLES, SEED, exchanged_share, stability
 from evla_cli.models.processing import CogACTProcessor, load_tokenizer
@@ -216,6 +216,28 @@ def test_refit_aware_equals_refitting_whole_models(decoders, text_samples, tmp_p
         return alone[a][1] + alone[b][1]
 
     assert how["dropped"] == min(itertools.combinations(range(num_layers), 2), key=cost)
+
+
+@pytest.mark.parametrize("num_inputs", [12, 60])  # fewer inputs than the 40 rows, and more
+def test_an_absorber_equals_solving_for_the_weight(num_inputs):
+    generator = torch.Generator().manual_seed(num_inputs)
+    inputs, judging = (torch.randn(rows, num_inputs, generator=generator) for rows in (40, 15))
+    outputs, start = (torch.randn(rows, 5, generator=generator) for rows in (40, 15))
+    law = torch.randn(num_inputs, 5, generator=generator)
+    absorber = Absorber(inputs, judging, outputs, start)
+    settled = None
+    for noise in (1.0, 2.0):
+        near, far = (rows @ law + noise * torch.randn(len(rows), 5, generator=generator) for rows in (inputs, judging))
+        changes = {ridge: ridge_reference(inputs.numpy(), (near - outputs).numpy(), ridge) for ridge in RIDGES}
+        candidates = {None: start.numpy()}
+        candidates |= {ridge: start.numpy() + judging.numpy() @ change.T for ridge, change in changes.items()}
+        if settled is not None:
+            candidates = {ridge: candidates[ridge] for ridge in (None, settled)}
+        best = min(candidates, key=lambda ridge: np.square(candidates[ridge] - far.numpy()).sum())
+        np.testing.assert_allclose(absorber.best(near, far), candidates[best], rtol=0, atol=1e-3)  # float32 products
+        assert absorber.ridge == best
+        settled = best
+    assert settled is not None
 
 
 def test_cheapest_runs_equals_trying_all_sets():

@@ -22,39 +22,40 @@ Run = tuple[int, int]
 class Absorber:
     """What layer i gives at the judging positions once its last linear map is refit to any target.
 
-    The ridge solution in its dual form: with H (N, K) and H' (M, K) going into the map and E what the output lacks, the
-    refit adds H' H^T (H H^T + lambda)^-1 E. That is one matrix (M, N) for each lambda, whatever the target, and the
-    same as solving for the weight.
+    The ridge solution in either of its forms, which are equal: with H (N, K) and H' (M, K) going into the map and E
+    (N, D) what the output lacks, the refit adds H' (H^T H + lambda)^-1 (H^T E) = (H' H^T) (H H^T + lambda)^-1 E. What
+    stands before E (before H^T E) is one matrix for each lambda, whatever the target.
     """
 
     def __init__(self, inputs: Tensor, judging_inputs: Tensor, outputs: Tensor, judging_outputs: Tensor):
         """Inputs (N, K) and (M, K) of the linear map, outputs (N, D) and (M, D) of the layer."""
         self._outputs, self._judging_outputs = outputs, judging_outputs
-        inputs, judging_inputs = inputs.double(), judging_inputs.double()
-        kernel, cross = inputs @ inputs.T, inputs @ judging_inputs.T  # (N, N), (N, M)
-        scale = float(kernel.diagonal().sum()) / inputs.shape[1]  # the mean of H^T H's diagonal
+        self._inputs = inputs if inputs.shape[1] < inputs.shape[0] else None  # the first form, where it is the smaller
+        wide, judging = inputs.double(), judging_inputs.double()
+        gram, cross = (wide.T @ wide, judging.T) if self._inputs is not None else (wide @ wide.T, wide @ judging.T)
+        scale = float(gram.diagonal().sum()) / inputs.shape[1]  # the mean of H^T H's diagonal
         self.ridge: float | None = None  # of the last target
         self._maps: dict[float | None, Tensor | None] = {None: None}
         for ridge in RIDGES:
-            shifted = kernel.clone()
+            shifted = gram.clone()
             shifted.diagonal().add_(ridge * scale)
             with single_threaded():  # LAPACK's factor depends on the number of threads; products do not
                 factor, failed = torch.linalg.cholesky_ex(shifted)
             if scale > 0 and not int(failed):
-                self._maps[ridge] = torch.cholesky_solve(cross, factor).T.float()
+                self._maps[ridge] = torch.cholesky_solve(cross, factor).T.float()  # (M, K) or (M, N)
 
     def best(self, target: Tensor, judging_target: Tensor) -> Tensor:
         """What the layer gives (M, D) with the lambda that serves the judging positions best; without a refit where
         that is better. The first target, the nearest one, settles lambda for those that follow."""
-        found = {ridge: self._refit(ridge, target) for ridge in self._maps}
+        lacking = target - self._outputs
+        if self._inputs is not None:
+            lacking = self._inputs.T @ lacking
+        start = self._judging_outputs
+        found = {ridge: start if solve is None else start + solve @ lacking for ridge, solve in self._maps.items()}
         errors = {ridge: float((values.double() - judging_target).square().sum()) for ridge, values in found.items()}
         self.ridge = min(errors, key=lambda ridge: errors[ridge])
         self._maps = {ridge: self._maps[ridge] for ridge in {None: 0, self.ridge: 0}}
         return found[self.ridge]
-
-    def _refit(self, ridge: float | None, target: Tensor) -> Tensor:
-        solve = self._maps[ridge]
-        return self._judging_outputs if solve is None else self._judging_outputs + solve @ (target - self._outputs)
 
 
 def relative_error(found: Tensor, target: Tensor) -> Tensor:
