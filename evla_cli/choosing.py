@@ -161,13 +161,14 @@ class _Choice:
         self.keep(0, self._states())
         dense = self._dense_output() if self._head is not None and self._forced else None
         found: dict[str, Any] = {}
-        with progress_bar("choosing layers", more if again else min(more, 1), "round") as bar:
+        rounds = more if again else min(more, 1)
+        with progress_bar("choosing layers", sum(len(kept) - number for number in range(rounds)), "layer") as bar:
             while len(dropped) < self._num_drop:
                 candidates = [layer for layer in kept if layer not in self._protected]
                 if self._head is None:
-                    values = self._cosines(kept, candidates, resume=dropped[-1] if steps else 0)
+                    values = self._cosines(kept, candidates, dropped[-1] if steps else 0, bar)
                 else:
-                    values, facts, dense = self._action_changes(kept, candidates, dense)
+                    values, facts, dense = self._action_changes(kept, candidates, dense, bar)
                     found |= facts
                 scores = values.mean(axis=0)
                 for layer, score in zip(candidates, scores, strict=True):
@@ -186,16 +187,16 @@ class _Choice:
                 )
                 dropped += going
                 kept = [layer for layer in kept if layer not in going]
-                bar.update()
         return tuple(sorted(dropped)), {"rounds": steps} | found
 
-    def _cosines(self, kept: list[int], candidates: list[int], resume: int) -> np.ndarray:
+    def _cosines(self, kept: list[int], candidates: list[int], resume: int, bar: Any) -> np.ndarray:
         """1 - mean cosine of input and output, (samples, candidates). What stands before layer `resume` is as it was,
         so that the pass begins at the last layer up to there whose input was kept."""
         begin = resume // _SNAPSHOT_EVERY * _SNAPSHOT_EVERY
         self._put_back(begin)
         values = self._values = {layer: found for layer, found in self._values.items() if layer < begin}
         left = [layer for layer in kept if layer >= begin]
+        bar.update(len(kept) - len(left))
         mark = begin
         for index, layer in zip(left, self._stream.layers(left, again=True), strict=True):
             while mark <= index:  # the input of the first layer from `mark` on
@@ -208,10 +209,11 @@ class _Choice:
                 batch.hidden_states.copy_(output)
                 values[index] += (1.0 - sample_similarity(similarity, self._counts(batch))).tolist()
                 self.layers_run += len(hidden_states)
+            bar.update()
         return np.array([values[layer] for layer in candidates]).T
 
     def _action_changes(
-        self, kept: list[int], candidates: list[int], dense: "_Output | None"
+        self, kept: list[int], candidates: list[int], dense: "_Output | None", bar: Any
     ) -> tuple[np.ndarray, dict[str, Any], "_Output"]:
         """How far the dense model's action chunk moves when one more layer goes, (samples, candidates); how far the
         cognition token does, for the report; and the dense model's output, once the full model has been run."""
@@ -222,6 +224,7 @@ class _Choice:
             if index in candidates:
                 variants.begin(index, self._states())
             self._advance(index, layer)
+            bar.update()
         dense = dense or self.output(self._states())
         moved = {layer: self.change(dense, self.output(variants.states(layer))) for layer in candidates}
         cognition = {layer: float(relative.mean()) for layer, (_, relative) in moved.items()}

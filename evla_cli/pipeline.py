@@ -392,7 +392,7 @@ def _new_plan(
         how={
             "importance": [score.importance for score in scores.layers] if scores else None,
             "samples_sha256": scores.samples_sha256 if scores else None,
-            "analyze": {name: getattr(scores, name) for name in _ANALYZE_OPTIONS} if scores else None,
+            "analyze": _analyze_options(scores) if scores else None,
             "drop_layers": checkpoint.num_layers - len(keep),
             "drop_layer_ids": sorted(set(drop_ids)),
             "protect_first": protect_first,
@@ -402,6 +402,11 @@ def _new_plan(
             **facts,
         },
     )
+
+
+def _analyze_options(scores: LayerImportance) -> dict[str, Any]:
+    options = {name: getattr(scores, name) for name in _ANALYZE_OPTIONS}
+    return options | ({"position_weights": scores.position_weights} if scores.position_weights else {})
 
 
 def _given_plan(path: Path, checkpoint: Checkpoint) -> PrunePlan:
@@ -504,13 +509,12 @@ def _chosen_by_rank(
     scores: LayerImportance | None, keep: tuple[int, ...], drop_ids: Sequence[int], protect_first: int
 ) -> dict[str, Any]:
     """For the plan: how sure the samples are of it. Nothing without a choice, or in files of older versions."""
-    facts = {"layer_method": "cosine", "objective": "hidden"}
     if scores is None or any(score.per_sample is None for score in scores.layers):
-        return facts
+        return {}
     values = np.array([score.per_sample for score in scores.layers]).T  # (samples, layers)
     candidates = sorted(set(range(protect_first, len(scores.layers))) - set(drop_ids))
     found = stability(values, [layer for layer in candidates if layer not in keep], candidates)
-    return facts | ({} if found is None else {"stability": found})
+    return {} if found is None else {"stability": found}
 
 
 def _chosen_by_samples(
@@ -518,7 +522,8 @@ def _chosen_by_samples(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """As many layers as `like` has, and what the plan says about them."""
     num_drop = checkpoint.num_layers - len(like)
-    dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
+    with _out_of_memory(options.device):
+        dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
     facts = {"layer_method": options.method, "objective": options.objective, "layer_choice": report}
     stable = report["rounds"][-1].pop("stability") if report["rounds"] else None
     keep = tuple(layer for layer in range(checkpoint.num_layers) if layer not in dropped)
