@@ -78,6 +78,8 @@ def choose_by_samples(
     if options.objective == "action" and checkpoint.family.action_head is None:
         raise EvlaError(f"{checkpoint.root} has no action head; use --objective hidden.")
     samples = load_samples(options.data, checkpoint.family.sample_kind, options.num_samples)
+    if num_drop == len(forced):
+        return tuple(sorted(forced)), {"rounds": []}  # nothing is left to choose
     fit_to, judging = _split(samples, options)
     choice = _Choice(checkpoint, options, fit_to, judging, num_drop, sorted(forced), protected)
     facts = {
@@ -141,15 +143,13 @@ class _Choice:
         self._judging_rows = [rows & judge[:, None] for rows, judge in zip(real, judges, strict=True)]
         counted = [self._counts(batch)[rows] for batch, rows in self._judged()]
         self._row_weights = torch.cat(counted).cpu()  # (M)
-        places = zip(number, self._judging_rows, strict=True)
-        self._row_samples = torch.cat([place.repeat_interleave(rows.sum(dim=1)) for place, rows in places]) - len(
-            fit_to
-        )
+        counts = torch.cat([rows.sum(dim=1) for rows in self._judging_rows])[len(fit_to) :]
+        self._row_samples = torch.arange(len(counts)).repeat_interleave(counts)  # (M)
         self._norm = self._stream.load_part(f"{checkpoint.family.decoder}.norm")
         self._head: Any = None
         if options.objective == "action":
             self._head = self._stream.load_part(checkpoint.family.action_head or "")
-        self.layers_run, self.layers_a_pass = 0, len(self._stream) * len(lengths) + len(self._stream) * len(fit_to)
+        self.layers_run, self.layers_a_pass = 0, len(self._stream) * (len(fit_to) + len(judging))
 
     # One layer after the other
 
