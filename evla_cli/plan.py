@@ -30,12 +30,12 @@ class LayerScore:
     by_modality: dict[str, float] | None = None  # the same over the positions of one kind; None for a plain decoder
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, [*(self.per_sample or ()), *(self.by_modality or {}).values()])):
-            raise EvlaError(f"Layer {self.index} has per_sample or by_modality values that are not finite numbers.")
         if not math.isfinite(self.importance):
             raise EvlaError(f"Layer {self.index} has the importance {self.importance}; it must be a finite number.")
         if self.standard_error is not None and not 0 <= self.standard_error < math.inf:
             raise EvlaError(f"Layer {self.index} has the standard error {self.standard_error}; it cannot be that.")
+        if not all(map(math.isfinite, [*(self.per_sample or ()), *(self.by_modality or {}).values()])):
+            raise EvlaError(f"Layer {self.index} has per_sample or by_modality values that are not finite numbers.")
 
 
 @dataclass(frozen=True)
