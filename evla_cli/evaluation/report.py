@@ -50,17 +50,18 @@ def importance_table(result: LayerImportance) -> str:
 def prune_table(result: "PruneResult") -> str:
     plan = result.plan
     scores = _scores(plan)
+    header = ["layer", "score" if "layer_choice" in plan.how else "importance", "", "new index"]
     stable = plan.how.get("stability")
     rows = []
     for layer in range(plan.num_layers):
         kept = layer in plan.keep_layers
         new = str(plan.keep_layers.index(layer)) if kept else "-"
-        share = "" if stable is None or layer not in stable["drop_shares"] else f"{stable['drop_shares'][layer]:.1%}"
+        share = f"{stable['drop_shares'][layer]:.1%}" if stable and layer in stable["drop_shares"] else ""
         score = f"{scores[layer]:.5f}" if layer in scores else ""
-        rows.append([str(layer), score, "keep" if kept else "drop", new, share])
+        rows.append([str(layer), score, "keep" if kept else "drop", new, *([share] if stable else [])])
     before, after = result.parameters_before, result.parameters_after
     lines = [
-        table(["layer", "score" if "layer_choice" in plan.how else "importance", "", "new index", "dropped in"], rows),
+        table([*header, *(["dropped in"] if stable else [])], rows),
         *([] if stable is None else [stability_note(stable)]),
         f"decoder layers   {plan.num_layers} -> {len(plan.keep_layers)}",
         f"MLP width        {plan.intermediate_size} -> {plan.kept_intermediate_size}"
