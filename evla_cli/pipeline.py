@@ -20,14 +20,22 @@ from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.safetensors_format import read_safetensors, write_safetensors
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
-from evla_cli.errors import EvlaError
+from evla_cli.choosing import ChoiceOptions, choose_by_samples
+from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint, check_weights
-from evla_cli.methods.layer_importance import importance_and_error, run_layer
+from evla_cli.methods.layer_importance import (
+    importance_and_error,
+    position_weights,
+    real_positions,
+    run_layer,
+    sample_similarity,
+)
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
+from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream, captured_inputs
@@ -57,18 +65,21 @@ def analyze(
     memory_budget: str | None = None,
     with_action_head: bool = False,
     channel_rms: LazyTensors | None = None,
+    weights: dict[str, float] | None = None,
     ranks: Ranks = ALONE,
 ) -> LayerImportance:
     """How much every decoder layer does on the samples in `data`. Layers are read one at a time.
 
     Args:
         memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
+        weights: how often a position of each kind counts ("visual", "text", "cognition"); None: once, as in the paper.
         channel_rms: is given, for every layer, the root mean square of each MLP channel over all real positions.
         ranks: of a job whose processes share the samples; each of them returns the result for all samples.
     """
     with ranks.first_goes_first():
         check_device(device)
         checkpoint = open_checkpoint(source)
+        _check_position_weights(checkpoint, weights)
         if checkpoint.tokenizer_dir is None:
             raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
         samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
@@ -98,15 +109,19 @@ def analyze(
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
             for index, layer in enumerate(stream.layers()):
                 similarities, energies = [], []
+                of_kind: list[dict[str, float]] = []
                 for batch in stream.batches:
                     hidden_states, mask = stream.on_device(batch)
                     with captured_inputs(_mlp_output(layer, channel_rms)) as seen:
-                        values, output = run_layer(layer, hidden_states, mask, stream.arguments(batch, index))
+                        similarity, output = run_layer(layer, hidden_states, stream.arguments(batch, index))
                     batch.hidden_states.copy_(output)
-                    similarities += values
+                    kinds = _kinds(checkpoint, hidden_states, mask)
+                    counted = position_weights(kinds, weights) if weights else mask
+                    similarities += sample_similarity(similarity, counted).tolist()
+                    of_kind += _by_kind(similarity, kinds)
                     energies += [channel_energy(inputs, mask) for inputs in seen]
                     bar.update()
-                scores.append(LayerScore(index, *importance_and_error(ranks.gather(similarities))))
+                scores.append(_layer_score(index, ranks.gather(similarities), ranks.gather(of_kind), len(samples)))
                 if channel_rms is not None:
                     channel_rms[str(index)] = _root_mean_square(ranks.gather(energies))
         action_head = _denoise_similarity(checkpoint, stream, ranks) if with_action_head else None
@@ -125,6 +140,49 @@ def analyze(
         batch_size=batch_size,
         action_head=action_head,
         vision=vision,
+        position_weights=weights or None,
+    )
+
+
+def _check_position_weights(checkpoint: Checkpoint, weights: dict[str, float] | None) -> None:
+    """Errors: a kind of position that the model does not have; weights that would leave none to count."""
+    kinds = _kinds(checkpoint, torch.empty(1, 1, 0), None)
+    for kind, weight in (weights or {}).items():
+        if kind not in kinds:
+            raise EvlaError(f"Position weights: {checkpoint.root} has no kind '{kind}'. {suggest(kind, kinds)}")
+        if not 0 <= weight < math.inf:
+            raise EvlaError(f"The position weight of {kind} must be a number from 0 on, got {weight}.")
+    if not any((weights or {}).get(kind, 1.0) for kind in kinds):
+        raise EvlaError("All position weights are 0: nothing would be measured.")
+
+
+def _kinds(checkpoint: Checkpoint, hidden_states: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """A mask (B, T) of the positions of every kind."""
+    real, split = real_positions(hidden_states, mask), checkpoint.family.modalities
+    return {"text": real} if split is None else split(checkpoint.config, real)
+
+
+def _by_kind(similarity: Tensor, kinds: dict[str, Tensor]) -> list[dict[str, float]]:
+    """For every sample its mean similarity over the positions of each kind that it has; nothing where all are text."""
+    if len(kinds) == 1:
+        return []
+    means = {kind: sample_similarity(similarity, mask).tolist() for kind, mask in kinds.items()}
+    count = len(similarity)
+    return [{kind: values[n] for kind, values in means.items() if bool(kinds[kind][n].any())} for n in range(count)]
+
+
+def _layer_score(
+    index: int, similarities: list[float], of_kind: list[dict[str, float]], num_samples: int
+) -> LayerScore:
+    if len(similarities) != num_samples:
+        raise EvlaError(f"Layer {index} was reached by {len(similarities)} of {num_samples} samples; it has no score.")
+    found = sorted({kind for kinds in of_kind for kind in kinds})
+    values = {kind: [kinds[kind] for kinds in of_kind if kind in kinds] for kind in found}
+    return LayerScore(
+        index,
+        *importance_and_error(similarities),
+        per_sample=tuple(round(1.0 - similarity, 9) for similarity in similarities),  # cosines are float32
+        by_modality={kind: importance_and_error(values[kind])[0] for kind in found} or None,
     )
 
 
@@ -222,6 +280,7 @@ def prune(
     num_drop: int | None = None,
     num_keep: int | None = None,
     drop_ids: Sequence[int] = (),
+    choice: ChoiceOptions | None = None,
     protect_first: int | None = None,
     mlp_prune_ratio: float = 0.0,
     mlp_method: str = "prunenet",
@@ -239,6 +298,7 @@ def prune(
     very checkpoint is therefore checked last, or before row selection where that takes long.
 
     Args:
+        choice: choose the layers by running the model on samples; None: by the ranking in `importance`.
         plan_file: a prune_plan.yaml to follow, instead of all the options before it.
         refit: fit the layers that stay to the dense model on these samples; None: their weights stay as they are.
     """
@@ -255,13 +315,22 @@ def prune(
             scores = _given_importance(importance, checkpoint) if importance else None
             num_first = _num_protected(checkpoint, protect_first)
             ranking = scores.ranking() if scores else None
+            if choice is not None:
+                ranking = list(range(checkpoint.num_layers))  # any will do to count and to check
             keep = _layers_to_keep(checkpoint, ranking, num_drop, num_keep, drop_ids, num_first)
+            if choice is None:
+                chosen = _chosen_by_rank(scores, keep, drop_ids, num_first)
+            else:
+                weights = scores.position_weights if scores else None
+                options = replace(choice, held_out=refit is not None, weights=weights)
+                keep, chosen = _chosen_by_samples(checkpoint, options, keep, drop_ids, num_first)
             if scores and mlp_prune_ratio and mlp_method == "prunenet":
                 _check_source(importance, scores.checkpoint_sha256, reader)
             read_rms = None
             if importance and scores and mlp_method == "activation":
                 read_rms = _given_activations(importance, scores, checkpoint)
             plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed, read_rms)
+            plan = replace(plan, how=plan.how | chosen)
             if vision is not None:
                 read_towers = None
                 if vision.mlp_prune_ratio and vision.mlp_method == "activation":
@@ -346,7 +415,7 @@ def _new_plan(
         how={
             "importance": [score.importance for score in scores.layers] if scores else None,
             "samples_sha256": scores.samples_sha256 if scores else None,
-            "analyze": {name: getattr(scores, name) for name in _ANALYZE_OPTIONS} if scores else None,
+            "analyze": _analyze_options(scores) if scores else None,
             "drop_layers": checkpoint.num_layers - len(keep),
             "drop_layer_ids": sorted(set(drop_ids)),
             "protect_first": protect_first,
@@ -356,6 +425,11 @@ def _new_plan(
             **facts,
         },
     )
+
+
+def _analyze_options(scores: LayerImportance) -> dict[str, Any]:
+    options = {name: getattr(scores, name) for name in _ANALYZE_OPTIONS}
+    return options | ({"position_weights": scores.position_weights} if scores.position_weights else {})
 
 
 def _given_plan(path: Path, checkpoint: Checkpoint) -> PrunePlan:
@@ -467,6 +541,31 @@ def _layers_to_keep(
     if not 0 <= protect_first <= num_layers:
         raise EvlaError(f"--protect-first must be between 0 and {num_layers}, got {protect_first}.")
     return choose_layers(ranking or list(range(num_layers)), num_drop, drop_ids, range(protect_first))
+
+
+def _chosen_by_rank(
+    scores: LayerImportance | None, keep: tuple[int, ...], drop_ids: Sequence[int], protect_first: int
+) -> dict[str, Any]:
+    """For the plan: how sure the samples are of it. Nothing without a choice, or in files of older versions."""
+    if scores is None or any(score.per_sample is None for score in scores.layers):
+        return {}
+    values = np.array([score.per_sample for score in scores.layers]).T  # (samples, layers)
+    candidates = sorted(set(range(protect_first, len(scores.layers))) - set(drop_ids))
+    found = stability(values, [layer for layer in candidates if layer not in keep], candidates)
+    return {} if found is None else {"stability": found}
+
+
+def _chosen_by_samples(
+    checkpoint: Checkpoint, options: ChoiceOptions, like: tuple[int, ...], drop_ids: Sequence[int], protect_first: int
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """As many layers as `like` has, and what the plan says about them."""
+    num_drop = checkpoint.num_layers - len(like)
+    with _out_of_memory(options.device):
+        dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
+    facts = {"layer_method": options.method, "objective": options.objective, "layer_choice": report}
+    stable = report["rounds"][-1].pop("stability") if report["rounds"] else None
+    keep = tuple(layer for layer in range(checkpoint.num_layers) if layer not in dropped)
+    return keep, facts | ({} if stable is None else {"stability": stable})
 
 
 def _channels_to_keep(

@@ -16,6 +16,9 @@ from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, 
 
 METRICS = ("block_influence",)
 PLAN = "prune_plan.yaml"
+_OPTIONAL = ("action_head", "activations_sha256", "vision", "position_weights")
+_OPTIONAL_OF_LAYER = ("per_sample", "by_modality")
+_NUMBER_LIST = re.compile(r"\[\n([\s\d.,e+-]*)\]")  # one line each: a number a line would make a file that nobody opens
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,16 @@ class LayerScore:
     index: int  # 0-based, as in the source
     importance: float
     standard_error: float | None  # over samples; None for a single sample
+    per_sample: tuple[float, ...] | None = None  # whose mean `importance` is; None in files of older versions
+    by_modality: dict[str, float] | None = None  # the same over the positions of one kind; None for a plain decoder
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.importance):
             raise EvlaError(f"Layer {self.index} has the importance {self.importance}; it must be a finite number.")
         if self.standard_error is not None and not 0 <= self.standard_error < math.inf:
             raise EvlaError(f"Layer {self.index} has the standard error {self.standard_error}; it cannot be that.")
+        if not all(map(math.isfinite, [*(self.per_sample or ()), *(self.by_modality or {}).values()])):
+            raise EvlaError(f"Layer {self.index} has per_sample or by_modality values that are not finite numbers.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class LayerImportance:
     action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
     activations_sha256: str | None = None  # of the file that `activations_file` names, with --activations
     vision: dict[str, tuple[LayerScore, ...]] = field(default_factory=dict)  # tower -> every block that runs
+    position_weights: dict[str, float] | None = None  # kind of position -> how often it counted; None: once
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)
@@ -64,6 +72,11 @@ class LayerImportance:
         for tower, blocks in self.vision.items():
             if [score.index for score in blocks] != list(range(len(blocks))):
                 raise EvlaError(f"The blocks of vision.{tower} must be listed in order: 0, 1, 2, ...")
+        for score in self.layers:
+            if score.per_sample is not None and len(score.per_sample) != self.num_samples:
+                raise EvlaError(
+                    f"Layer {score.index} has {len(score.per_sample)} per_sample values for {self.num_samples} samples."
+                )
 
     def ranking(self) -> list[int]:
         """Layer indices, least important first; ties go to the lower index."""
@@ -71,10 +84,13 @@ class LayerImportance:
 
     def to_json(self) -> str:
         record = to_mapping(self) | {"ranking": self.ranking()}
-        for optional in ("action_head", "activations_sha256", "vision"):
-            if not record[optional]:
-                del record[optional]
-        return json.dumps(record, indent=2, allow_nan=False) + "\n"
+        scores = [*record["layers"], *(score for blocks in record["vision"].values() for score in blocks)]
+        for part, optional in ((record, _OPTIONAL), *((score, _OPTIONAL_OF_LAYER) for score in scores)):
+            for key in optional:
+                if not part[key]:
+                    del part[key]
+        text = json.dumps(record, indent=2, allow_nan=False)
+        return _NUMBER_LIST.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> "LayerImportance":

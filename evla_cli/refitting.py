@@ -30,6 +30,7 @@ from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, is_finite
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
+from evla_cli.methods.layer_importance import real_positions
 from evla_cli.methods.refit import Fit, NormalEquations, best_fit, squared_error
 from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.skeleton import check_device
@@ -273,13 +274,8 @@ def _changed(weight: Tensor, change: Tensor | None, stored: torch.dtype) -> Tens
 
 def _position_kinds(stream: DecoderStream, batch: Batch) -> dict[str, Tensor]:
     """Which positions (B, T) are of which kind; padding is of none."""
-    real = _real(batch)
-    if not stream.visual_positions:
-        return {"all": real}
-    last, visual = torch.zeros_like(real), torch.zeros_like(real)
-    last[_last(real)] = True
-    visual[:, list(stream.visual_positions)] = True
-    return {"visual": visual, "text": real & ~visual & ~last, "cognition": last}
+    real, split = _real(batch), stream.checkpoint.family.modalities
+    return {"all": real} if split is None else split(stream.checkpoint.config, real)
 
 
 def _counts(stream: DecoderStream, batch: Batch, last_weight: float | None) -> Tensor:
@@ -288,16 +284,14 @@ def _counts(stream: DecoderStream, batch: Batch, last_weight: float | None) -> T
     counts = real.double()
     if last_weight is not None:
         counts[_last(real)] = last_weight
-    elif stream.visual_positions:
+    elif stream.checkpoint.family.modalities is not None:
         counts[_last(real)] = real.sum(dim=1).double()  # cognition tokens are all that the action head sees
     return counts
 
 
 def _real(batch: Batch) -> Tensor:
     """(B, T), true where a position is no padding."""
-    return (
-        torch.ones(batch.hidden_states.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask.bool().cpu()
-    )
+    return real_positions(batch.hidden_states, batch.mask).cpu()
 
 
 def _last(real: Tensor) -> tuple[Tensor, Tensor]:

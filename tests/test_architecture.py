@@ -14,7 +14,7 @@ LAYERS = [
     {"cli"},
     {"running"},
     {"pipeline"},
-    {"bundling", "comparison", "evaluation", "refitting"},
+    {"bundling", "choosing", "comparison", "evaluation", "refitting"},
     {"runtime", "vision"},
     {"models", "methods"},
     {"families"},

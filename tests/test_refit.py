@@ -252,7 +252,7 @@ def test_kinds_of_positions_in_a_vla(cogact_run, image_samples):
     (batch,) = (stream := DecoderStream(checkpoint, samples, len(samples), torch.float32)).batches
     assert batch.mask is not None
     kinds, counts = _position_kinds(stream, batch), _counts(stream, batch, None)
-    visual = len(stream.visual_positions)
+    visual = stream.config.num_visual_tokens
     for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
         kind_of = ["text"] + visual * ["visual"] + (length - visual - 2) * ["text"] + ["cognition"]
         for kind, positions in kinds.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evla_cli.checkpoint.tensors import total_bytes, total_elements
 from evla_cli.families import open_checkpoint
-from evla_cli.plan import LayerImportance, LayerScore, StackPlan, ranked
+from evla_cli.plan import LayerImportance, LayerScore, PrunePlan, StackPlan, ranked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +34,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def importance_table(result: LayerImportance) -> str:
     rank = {layer: place for place, layer in enumerate(result.ranking(), start=1)}
+    kinds = sorted({kind for score in result.layers for kind in score.by_modality or ()})
     rows = []
     for score in result.layers:
-        rows.append([str(score.index), f"{score.importance:.5f}", _error(score), str(rank[score.index])])
+        of_kind = [f"{score.by_modality[kind]:.5f}" if score.by_modality else "" for kind in kinds]
+        rows.append([str(score.index), f"{score.importance:.5f}", _error(score), str(rank[score.index]), *of_kind])
     note = f"{result.num_samples} samples, {result.dtype}; rank 1 does least and is removed first."
-    parts = [table(["layer", "importance", "std. error", "rank"], rows)]
+    if result.position_weights:
+        weights = ", ".join(f"{kind} {weight:g}" for kind, weight in result.position_weights.items())
+        note += f" Positions count: {weights}, others 1."
+    parts = [table(["layer", "importance", "std. error", "rank", *kinds], rows)]
     for tower, scores in result.vision.items():
         place = {block: rank for rank, block in enumerate(ranked(scores), start=1)}
         parts.append(
@@ -56,15 +61,20 @@ def _error(score: LayerScore) -> str:
 
 def prune_table(result: "PruneResult") -> str:
     plan = result.plan
-    scores = plan.how.get("importance")
+    scores = _scores(plan)
+    header = ["layer", "score" if "layer_choice" in plan.how else "importance", "", "new index"]
+    stable = plan.how.get("stability")
     rows = []
     for layer in range(plan.num_layers):
         kept = layer in plan.keep_layers
         new = str(plan.keep_layers.index(layer)) if kept else "-"
-        rows.append([str(layer), f"{scores[layer]:.5f}" if scores else "", "keep" if kept else "drop", new])
+        share = f"{stable['drop_shares'][layer]:.1%}" if stable and layer in stable["drop_shares"] else ""
+        score = f"{scores[layer]:.5f}" if layer in scores else ""
+        rows.append([str(layer), score, "keep" if kept else "drop", new, *([share] if stable else [])])
     before, after = result.parameters_before, result.parameters_after
     lines = [
-        table(["layer", "importance", "", "new index"], rows),
+        table([*header, *(["dropped in"] if stable else [])], rows),
+        *([] if stable is None else [stability_note(stable)]),
         f"decoder layers   {plan.num_layers} -> {len(plan.keep_layers)}",
         f"MLP width        {plan.intermediate_size} -> {plan.kept_intermediate_size}"
         + (f"  ({plan.how['mlp_method']})" if plan.mlp_keep else ""),
@@ -90,6 +100,26 @@ def _tower_line(name: str, tower: StackPlan) -> str:
     return (
         f"{name:16} {blocks} blocks (without {dropped or 'none'}), "
         f"MLP width {tower.intermediate_size} -> {tower.kept_intermediate_size}"
+    )
+
+
+def _scores(plan: PrunePlan) -> dict[int, float]:
+    """By layer: importance, or what the layer scored when it went, or else last."""
+    choice = plan.how.get("layer_choice")
+    if choice is None:
+        return dict(enumerate(plan.how.get("importance") or ()))
+    scores: dict[int, float] = {}
+    for step in choice["rounds"]:
+        scores |= step["scores"]
+    return scores
+
+
+def stability_note(stable: dict[str, Any]) -> str:
+    last, first, share = stable["last_dropped"], stable["first_kept"], stable["exchanged_share"]
+    verdict = "can be told apart" if stable["told_apart"] else "cannot be told apart"
+    return (
+        f"Layers {last} (dropped) and {first} (kept) {verdict}: in {share:.1%} of {stable['num_resamples']} bootstrap "
+        'resamples of the samples the choice is the other. "dropped in": share of resamples.'
     )
 
 

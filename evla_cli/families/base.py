@@ -72,8 +72,9 @@ class ModelFamily:
             model, samples, the tokenizer's directory, and a tensor on the device and in the dtype to compute with.
         sample_kind: "image" (image and instruction) or "text".
         action_head: module path and weight-name prefix of the action head; None where the model cannot act.
-        visual_positions: given the model's config, where the visual tokens stand in the decoder's input; None: nowhere.
         towers: name -> vision tower that can be pruned.
+        modalities: what stands at which position: given the model's config in JSON form and the real positions (B, T),
+            a mask (B, T) for each kind, which together are all real positions; None where all are text.
     """
 
     name: str
@@ -85,8 +86,8 @@ class ModelFamily:
     embed: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], torch.Tensor | None]"
     sample_kind: str
     action_head: str | None = None
-    visual_positions: "Callable[[Any], range] | None" = None
     towers: Mapping[str, Tower] = field(default_factory=dict)
+    modalities: "Callable[[dict[str, Any], torch.Tensor], dict[str, torch.Tensor]] | None" = None
 
     @property
     def has_action_head(self) -> bool:

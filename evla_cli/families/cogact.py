@@ -38,9 +38,10 @@ from evla_cli.plan import PrunePlan
 from evla_cli.schema import from_mapping
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from evla_cli.calibration import Sample
+    from evla_cli.models.cogact import CogACTConfig
     from evla_cli.models.processing import CogACTInputs
 
 _PARTS = {  # the model's prefix -> the native file's
@@ -539,7 +540,7 @@ def _loading_towers(config: dict[str, Any]) -> str:
 # Model
 
 
-def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
+def _build_config(config: dict[str, Any]) -> "CogACTConfig":
     from evla_cli.models.cogact import CogACTConfig
 
     return CogACTConfig(**config)
@@ -581,6 +582,14 @@ def _set_dino_width(config: dict[str, Any], intermediate_size: int) -> None:
     config |= _dino_width(intermediate_size, config["hidden_size"])
 
 
+def _modalities(config: dict[str, Any], real: Tensor) -> dict[str, Tensor]:
+    """The sequence is [BOS] [V visual tokens] [rest of the prompt], whose last token is the cognition token."""
+    positions = torch.arange(real.shape[1], device=real.device)
+    visual = (positions >= 1) & (positions <= _build_config(config).num_visual_tokens)
+    cognition = positions == real.long().cumsum(dim=1).argmax(dim=1, keepdim=True)  # (B, T)
+    return {"visual": real & visual, "text": real & ~visual & ~cognition, "cognition": real & cognition}
+
+
 COGACT = ModelFamily(
     name="cogact",
     decoder="language_model.model",
@@ -597,7 +606,6 @@ COGACT = ModelFamily(
     embed=_embed,
     sample_kind="image",
     action_head="action_head",
-    visual_positions=lambda config: range(1, 1 + config.num_visual_tokens),  # after BOS
     towers={
         "dino": Tower(
             blocks="dino.encoder.layer",
@@ -620,4 +628,5 @@ COGACT = ModelFamily(
             native_idle=(f"{_PARTS['siglip']}.attn_pool",),
         ),
     },
+    modalities=_modalities,
 )

@@ -69,7 +69,7 @@ class DecoderStream:
     ):
         keep_freed_memory()
         self.device = device
-        self._checkpoint, self._dtype = checkpoint, dtype
+        self.checkpoint, self._dtype = checkpoint, dtype
         self._upload = Upload(device)
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         move_buffers(self._model, device)
@@ -83,8 +83,6 @@ class DecoderStream:
                 if tile_linear(module, stored, dtype, device):
                     self._dtypes[f"{name}.weight"] = stored
         family = checkpoint.family
-        where = family.visual_positions
-        self.visual_positions = range(0) if where is None else where(self._model.config)
         self._prefix = family.decoder_layers if tower is None else tower.blocks
         self._embed, self._watch = (family.embed if tower is None else tower.see), watch
         blocks = list(cast(nn.ModuleList, self._model.get_submodule(self._prefix)))
@@ -104,27 +102,36 @@ class DecoderStream:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def layers(self) -> Iterator[nn.Module]:
-        """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there."""
+    def layers(self, indices: Sequence[int] | None = None, again: bool = False) -> Iterator[nn.Module]:
+        """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there.
+
+        Args:
+            indices: the layers to run, ascending; None: all.
+            again: keep what the layers are called with, for another pass. The caller puts hidden states back.
+        """
+        order = range(len(self._layers)) if indices is None else indices
         if not self.batches:  # nothing is to be read for
-            yield from self._layers
+            yield from (self._layers[index] for index in order)
             return
         with ThreadPoolExecutor(1, "evla-next-layer") as reader:
-            following = reader.submit(self._read_layer, 0)
-            for index, layer in enumerate(self._layers):
-                weights, complete = following.result()
+            following = [reader.submit(self._read_layer, index) for index in order[:1]]
+            for place, index in enumerate(order):
+                layer = self._layers[index]
+                weights, complete = following.pop().result()
                 self._upload.wait(complete, weights.values())
                 assign_weights(layer, weights)
-                if index + 1 < len(self._layers):
-                    following = reader.submit(self._read_layer, index + 1)
+                following = [reader.submit(self._read_layer, index) for index in order[place + 1 : place + 2]]
                 yield layer
                 for batch in self.batches:
-                    if not is_finite(batch.hidden_states):
-                        raise EvlaError(
-                            f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32."
-                        )
-                    batch.arguments[index] = {}  # the last reference to what only this layer needed
+                    self.check_finite(index, batch.hidden_states)
+                    if not again:
+                        batch.arguments[index] = {}  # the last reference to what only this layer needed
                 drop_weights(layer)
+
+    def check_finite(self, index: int, hidden_states: Tensor) -> None:
+        """Errors: what layer `index` gave is not all numbers."""
+        if not is_finite(hidden_states):
+            raise EvlaError(f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32.")
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A batch's hidden states and mask, for those that stand in a file, too."""
@@ -151,7 +158,7 @@ class DecoderStream:
         return weights, self._upload.done()
 
     def _read_weight(self, name: str) -> Tensor:
-        lazy = self._checkpoint.weights[name]
+        lazy = self.checkpoint.weights[name]
         return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
 
     def _record(self, samples: list[Sample]) -> Batch:
@@ -160,11 +167,11 @@ class DecoderStream:
         owner = self._model.get_submodule(owner_name)
         recorders = [_Recorder() for _ in self._layers]
         setattr(owner, attribute, nn.ModuleList([*recorders, *self._idle]))
-        assert self._checkpoint.tokenizer_dir is not None
+        assert self.checkpoint.tokenizer_dir is not None
         like = torch.empty(0, device=self.device, dtype=self._dtype)
         try:
             with self._loading_on_first_use(), self._watch(self._model), torch.inference_mode():
-                mask = self._embed(self._model, samples, self._checkpoint.tokenizer_dir, like)
+                mask = self._embed(self._model, samples, self.checkpoint.tokenizer_dir, like)
         finally:
             setattr(owner, attribute, nn.ModuleList([*self._layers, *self._idle]))
         calls = [recorder.call for recorder in recorders]
