@@ -31,7 +31,7 @@ _CHUNK_BYTES = 2**20  # what the processor's cache holds between reading and has
 # start for libraries to be imported; near enough that what was read is still in the page cache when the work comes.
 _AHEAD_BYTES = 768 * 2**20
 _START_BYTES = min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 6)
-_NUM_RECENT = 12  # tensors that the work may still need: a layer's weights
+_NUM_RECENT = 32  # tensors that the work may still need: those of the layer that is computed and of the next
 
 
 class ReadAheadHash:

@@ -100,7 +100,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Iterator[tuple[str, T]]:
     """Each tensor in turn, checked by `load_finite`, as `prepare` makes it; a thread prepares the next meanwhile."""
-    keep_freed_memory()
+    _keep_freed_memory()
 
     def load(name: str) -> T:
         return prepare(name, load_finite(name, tensors[name]))
@@ -117,7 +117,7 @@ def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Itera
 
 
 @cache
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Let the C library hand out again what one tensor was in for the next, instead of new pages, which the system
     clears first: that takes eight times as long as picking the rows that are put there. No effect but on glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from evla_cli.calibration import Sample
-from evla_cli.checkpoint.tensors import is_finite, keep_freed_memory, load_finite
+from evla_cli.checkpoint.tensors import is_finite, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, Tower
 from evla_cli.models.scratch import Scratch, move
@@ -67,7 +67,6 @@ class DecoderStream:
         tower: Tower | None = None,
         watch: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ):
-        keep_freed_memory()
         self.device = device
         self.checkpoint, self._dtype = checkpoint, dtype
         self._upload = Upload(device)
