@@ -64,6 +64,11 @@ def _provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str
         "keep_layers": list(plan.keep_layers),
         "kept_intermediate_size": plan.kept_intermediate_size,
     }
+    if plan.vision:
+        decided["vision"] = {
+            name: {"keep_layers": list(tower.keep_layers), "kept_intermediate_size": tower.kept_intermediate_size}
+            for name, tower in plan.vision.items()
+        }
     recipe: dict[str, Any] = {"analyze": plan.how["analyze"]} if plan.how.get("analyze") else {}
     options = {field.name: plan.how.get(field.name) for field in fields(PruneRecipe)}
     recipe["prune"] = {name: value for name, value in options.items() if value is not None}  # no method: none was used

@@ -15,7 +15,7 @@ from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.families.huggingface import other_files
-from evla_cli.plan import PLAN, PrunePlan
+from evla_cli.plan import PLAN, PrunePlan, StackPlan
 from evla_cli.progress import progress_bar
 
 _CHUNK = 2**22  # values of a tensor that are compared at a time
@@ -190,17 +190,22 @@ def _compare_settings(this: Path, other: Path) -> Iterator[Difference]:
 def _compare_plans(this: Path, other: Path) -> Iterator[Difference]:
     records = read_yaml(this), read_yaml(other)
     for record in records:
-        record.pop("mlp_keep", None)
+        for stack in (record, *record.get("vision", {}).values()):
+            stack.pop("mlp_keep", None)
     yield from _compare_values("plan", *records)
-    mine, theirs = _kept_channels(this), _kept_channels(other)
-    for layer in sorted(mine.keys() & theirs.keys()):
-        differing = mine[layer] ^ theirs[layer]
-        if differing:
-            yield Difference("plan", f"mlp_keep.{layer}", len(mine[layer]), len(theirs[layer]), len(differing))
+    plans = PrunePlan.load(this), PrunePlan.load(other)
+    for tower in ("", *plans[0].vision):
+        stacks = [plan.vision.get(tower) if tower else plan for plan in plans]
+        mine, theirs = (_kept_channels(stack) if stack else {} for stack in stacks)
+        prefix = f"vision.{tower}." if tower else ""
+        for layer in sorted(mine.keys() & theirs.keys()):
+            differing = mine[layer] ^ theirs[layer]
+            if differing:
+                name, counts = f"{prefix}mlp_keep.{layer}", (len(mine[layer]), len(theirs[layer]))
+                yield Difference("plan", name, *counts, len(differing))
 
 
-def _kept_channels(path: Path) -> dict[int, set[int]]:
-    plan = PrunePlan.load(path)
+def _kept_channels(plan: StackPlan) -> dict[int, set[int]]:
     every = range(plan.intermediate_size)
     return dict(zip(plan.keep_layers, map(set, plan.mlp_keep or [every] * len(plan.keep_layers)), strict=True))
 

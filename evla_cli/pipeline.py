@@ -20,14 +20,22 @@ from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.safetensors_format import read_safetensors, write_safetensors
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, total_bytes, total_elements
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
-from evla_cli.errors import EvlaError
+from evla_cli.choosing import ChoiceOptions, choose_by_samples
+from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint, check_weights
-from evla_cli.methods.layer_importance import importance_and_error, run_layer
+from evla_cli.methods.layer_importance import (
+    importance_and_error,
+    position_weights,
+    real_positions,
+    run_layer,
+    sample_similarity,
+)
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
+from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, checked_skeleton
 from evla_cli.models.streaming import DecoderStream, captured_inputs
@@ -38,6 +46,8 @@ from evla_cli.refitting import RefitOptions, refit_layers
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
+from evla_cli.vision.measuring import TowerMeter, channel_name
+from evla_cli.vision.planning import ReadRms, VisionOptions, check_towers, foreseen_towers, plan_towers
 
 OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,18 +65,21 @@ def analyze(
     memory_budget: str | None = None,
     with_action_head: bool = False,
     channel_rms: LazyTensors | None = None,
+    weights: dict[str, float] | None = None,
     ranks: Ranks = ALONE,
 ) -> LayerImportance:
     """How much every decoder layer does on the samples in `data`. Layers are read one at a time.
 
     Args:
         memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
+        weights: how often a position of each kind counts ("visual", "text", "cognition"); None: once, as in the paper.
         channel_rms: is given, for every layer, the root mean square of each MLP channel over all real positions.
         ranks: of a job whose processes share the samples; each of them returns the result for all samples.
     """
     with ranks.first_goes_first():
         check_device(device)
         checkpoint = open_checkpoint(source)
+        _check_position_weights(checkpoint, weights)
         if checkpoint.tokenizer_dir is None:
             raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
         samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
@@ -78,6 +91,7 @@ def analyze(
     reader = checkpoint.reader
     if ranks.first:  # it alone hashes the checkpoint
         reader.start_reading(in_order=False)
+    meter = TowerMeter(checkpoint, with_channels=channel_rms is not None)
     with torch.inference_mode(), _out_of_memory(device):
         stream = DecoderStream(
             checkpoint,
@@ -86,22 +100,30 @@ def analyze(
             DTYPES[dtype],
             device,
             memory_budget=None if memory_budget is None else parse_size(memory_budget),
+            watch=meter.watch,
         )
+        vision = meter.scores(ranks)
+        if channel_rms is not None:
+            channel_rms |= meter.channels(ranks, _root_mean_square)
         if ranks.first:  # what comes before the layers may stand anywhere in the files
             reader.start_reading()
         scores = []
         with progress_bar("layers", len(stream) * len(stream.batches), "batch") as bar:
             for index, layer in enumerate(stream.layers()):
                 similarities, energies = [], []
+                of_kind: list[dict[str, float]] = []
                 for batch in stream.batches:
                     hidden_states, mask = stream.on_device(batch)
                     with captured_inputs(_mlp_output(layer, channel_rms)) as seen:
-                        values, output = run_layer(layer, hidden_states, mask, stream.arguments(batch, index))
+                        similarity, output = run_layer(layer, hidden_states, stream.arguments(batch, index))
                     batch.hidden_states.copy_(output)
-                    similarities += values
+                    kinds = _kinds(checkpoint, hidden_states, mask)
+                    counted = position_weights(kinds, weights) if weights else mask
+                    similarities += sample_similarity(similarity, counted).tolist()
+                    of_kind += _by_kind(similarity, kinds)
                     energies += [channel_energy(inputs, mask) for inputs in seen]
                     bar.update()
-                scores.append(LayerScore(index, *importance_and_error(ranks.gather(similarities))))
+                scores.append(_layer_score(index, ranks.gather(similarities), ranks.gather(of_kind), len(samples)))
                 if channel_rms is not None:
                     channel_rms[str(index)] = _root_mean_square(ranks.gather(energies))
         action_head = _denoise_similarity(checkpoint, stream, ranks) if with_action_head else None
@@ -119,6 +141,50 @@ def analyze(
         dtype=dtype,
         batch_size=batch_size,
         action_head=action_head,
+        vision=vision,
+        position_weights=weights or None,
+    )
+
+
+def _check_position_weights(checkpoint: Checkpoint, weights: dict[str, float] | None) -> None:
+    """Errors: a kind of position that the model does not have; weights that would leave none to count."""
+    kinds = _kinds(checkpoint, torch.empty(1, 1, 0), None)
+    for kind, weight in (weights or {}).items():
+        if kind not in kinds:
+            raise EvlaError(f"Position weights: {checkpoint.root} has no kind '{kind}'. {suggest(kind, kinds)}")
+        if not 0 <= weight < math.inf:
+            raise EvlaError(f"The position weight of {kind} must be a number from 0 on, got {weight}.")
+    if not any((weights or {}).get(kind, 1.0) for kind in kinds):
+        raise EvlaError("All position weights are 0: nothing would be measured.")
+
+
+def _kinds(checkpoint: Checkpoint, hidden_states: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """A mask (B, T) of the positions of every kind."""
+    real, split = real_positions(hidden_states, mask), checkpoint.family.modalities
+    return {"text": real} if split is None else split(checkpoint.config, real)
+
+
+def _by_kind(similarity: Tensor, kinds: dict[str, Tensor]) -> list[dict[str, float]]:
+    """For every sample its mean similarity over the positions of each kind that it has; nothing where all are text."""
+    if len(kinds) == 1:
+        return []
+    means = {kind: sample_similarity(similarity, mask).tolist() for kind, mask in kinds.items()}
+    count = len(similarity)
+    return [{kind: values[n] for kind, values in means.items() if bool(kinds[kind][n].any())} for n in range(count)]
+
+
+def _layer_score(
+    index: int, similarities: list[float], of_kind: list[dict[str, float]], num_samples: int
+) -> LayerScore:
+    if len(similarities) != num_samples:
+        raise EvlaError(f"Layer {index} was reached by {len(similarities)} of {num_samples} samples; it has no score.")
+    found = sorted({kind for kinds in of_kind for kind in kinds})
+    values = {kind: [kinds[kind] for kinds in of_kind if kind in kinds] for kind in found}
+    return LayerScore(
+        index,
+        *importance_and_error(similarities),
+        per_sample=tuple(round(1.0 - similarity, 9) for similarity in similarities),  # cosines are float32
+        by_modality={kind: importance_and_error(values[kind])[0] for kind in found} or None,
     )
 
 
@@ -216,22 +282,25 @@ def prune(
     num_drop: int | None = None,
     num_keep: int | None = None,
     drop_ids: Sequence[int] = (),
+    choice: ChoiceOptions | None = None,
     protect_first: int | None = None,
     mlp_prune_ratio: float = 0.0,
     mlp_method: str = "prunenet",
     seed: int = 0,
+    vision: VisionOptions | None = None,
     plan_file: Path | None = None,
     refit: RefitOptions | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
 ) -> PruneResult:
-    """Remove decoder layers and MLP width; write the pruned checkpoint in the source's own layout.
+    """Remove decoder layers and MLP width, of vision towers, too; write the pruned checkpoint in the source's layout.
 
     The source is hashed while it is copied, so that it is read once. That `importance` or `plan_file` belong to this
     very checkpoint is therefore checked last, or before row selection where that takes long.
 
     Args:
+        choice: choose the layers by running the model on samples; None: by the ranking in `importance`.
         plan_file: a prune_plan.yaml to follow, instead of all the options before it.
         refit: fit the layers that stay to the dense model on these samples; None: their weights stay as they are.
     """
@@ -248,14 +317,32 @@ def prune(
             scores = _given_importance(importance, checkpoint) if importance else None
             num_first = _num_protected(checkpoint, protect_first)
             ranking = scores.ranking() if scores else None
+            if choice is not None:
+                ranking = list(range(checkpoint.num_layers))  # any will do to count and to check
             keep = _layers_to_keep(checkpoint, ranking, num_drop, num_keep, drop_ids, num_first)
+            if choice is None:
+                chosen = _chosen_by_rank(scores, keep, drop_ids, num_first)
+            else:
+                weights = scores.position_weights if scores else None
+                options = replace(choice, held_out=refit is not None, weights=weights)
+                keep, chosen = _chosen_by_samples(checkpoint, options, keep, drop_ids, num_first)
             if scores and mlp_prune_ratio and mlp_method == "prunenet":
                 _check_source(importance, scores.checkpoint_sha256, reader)
             read_rms = None
             if importance and scores and mlp_method == "activation":
                 read_rms = _given_activations(importance, scores, checkpoint)
             plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed, read_rms)
-        return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix)
+            plan = replace(plan, how=plan.how | chosen)
+            if vision is not None:
+                read_towers = None
+                if vision.mlp_prune_ratio and vision.mlp_method == "activation":
+                    if importance is None or scores is None:
+                        raise EvlaError("--vision-mlp-method activation needs --importance from evla analyze.")
+                    read_towers = _given_tower_activations(importance, scores, checkpoint)
+                measured = scores.vision if scores else {}
+                towers, facts = plan_towers(checkpoint, vision, measured, read_towers, seed)
+                plan = replace(plan, vision=towers, how=plan.how | facts)
+        return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
 
     def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
         if plan.checkpoint_sha256 != "":
@@ -300,7 +387,12 @@ def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> Pru
     if width < source.intermediate_size:
         _mlp_names(source)
         mlp_keep = (tuple(range(width)),) * len(keep)
-    return PrunePlan(source.num_layers, source.intermediate_size, keep, mlp_keep)
+    towers = foreseen_towers(source, vision_options(options))
+    return PrunePlan(source.num_layers, source.intermediate_size, keep, mlp_keep, vision=towers)
+
+
+def vision_options(options: PruneRecipe) -> VisionOptions:
+    return VisionOptions(options.vision_drop_layers, options.vision_mlp_prune_ratio, options.vision_mlp_method)
 
 
 def _new_plan(
@@ -325,7 +417,7 @@ def _new_plan(
         how={
             "importance": [score.importance for score in scores.layers] if scores else None,
             "samples_sha256": scores.samples_sha256 if scores else None,
-            "analyze": {name: getattr(scores, name) for name in _ANALYZE_OPTIONS} if scores else None,
+            "analyze": _analyze_options(scores) if scores else None,
             "drop_layers": checkpoint.num_layers - len(keep),
             "drop_layer_ids": sorted(set(drop_ids)),
             "protect_first": protect_first,
@@ -337,6 +429,11 @@ def _new_plan(
     )
 
 
+def _analyze_options(scores: LayerImportance) -> dict[str, Any]:
+    options = {name: getattr(scores, name) for name in _ANALYZE_OPTIONS}
+    return options | ({"position_weights": scores.position_weights} if scores.position_weights else {})
+
+
 def _given_plan(path: Path, checkpoint: Checkpoint) -> PrunePlan:
     plan = PrunePlan.load(path)
     for name in ("num_layers", "intermediate_size"):
@@ -345,6 +442,7 @@ def _given_plan(path: Path, checkpoint: Checkpoint) -> PrunePlan:
                 f"{path} is for a checkpoint whose {name} is {getattr(plan, name)}, that of {checkpoint.root} is "
                 f"{getattr(checkpoint, name)}."
             )
+    check_towers(plan.vision, checkpoint)
     return plan
 
 
@@ -359,17 +457,37 @@ def _given_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
 
 
 def _given_activations(importance: Path, scores: LayerImportance, checkpoint: Checkpoint) -> Callable[[int], Tensor]:
-    """Root mean square of every MLP channel (F) by layer, from the file beside `importance`."""
+    """Root mean square of every MLP channel (F) by decoder layer, from the file beside `importance`."""
+    path, tensors = _activations(importance, scores)
+    check_weights(
+        {str(layer): (checkpoint.intermediate_size,) for layer in range(checkpoint.num_layers)},
+        {name: lazy for name, lazy in tensors.items() if name.isdecimal() or not checkpoint.family.towers},
+        path,
+    )
+    return lambda layer: load_finite(f"{path}: layer {layer}", tensors[str(layer)])
+
+
+def _given_tower_activations(importance: Path, scores: LayerImportance, checkpoint: Checkpoint) -> ReadRms:
+    """The same by vision tower and block."""
+    path, tensors = _activations(importance, scores)
+
+    def read(tower: str, block: int) -> Tensor:
+        name = channel_name(tower, block)
+        check_weights(
+            {name: (checkpoint.tower_sizes(tower)[1],)}, {key: tensors[key] for key in tensors if key == name}, path
+        )
+        return load_finite(f"{path}: {name}", tensors[name])
+
+    return read
+
+
+def _activations(importance: Path, scores: LayerImportance) -> tuple[Path, LazyTensors]:
     path = activations_file(importance)
     if scores.activations_sha256 is None:
         raise EvlaError(f"{importance} was made without activations: run evla analyze with --activations.")
     if not has_activations(importance):
         raise EvlaError(f"{path} is missing or not the one made with {importance}: run evla analyze again.")
-    tensors = read_safetensors(path)
-    check_weights(
-        {str(layer): (checkpoint.intermediate_size,) for layer in range(checkpoint.num_layers)}, tensors, path
-    )
-    return lambda layer: load_finite(f"{path}: layer {layer}", tensors[str(layer)])
+    return path, read_safetensors(path)
 
 
 def _check_source(path: Path | None, sha256: str, reader: CheckpointReader) -> None:
@@ -425,6 +543,31 @@ def _layers_to_keep(
     if not 0 <= protect_first <= num_layers:
         raise EvlaError(f"--protect-first must be between 0 and {num_layers}, got {protect_first}.")
     return choose_layers(ranking or list(range(num_layers)), num_drop, drop_ids, range(protect_first))
+
+
+def _chosen_by_rank(
+    scores: LayerImportance | None, keep: tuple[int, ...], drop_ids: Sequence[int], protect_first: int
+) -> dict[str, Any]:
+    """For the plan: how sure the samples are of it. Nothing without a choice, or in files of older versions."""
+    if scores is None or any(score.per_sample is None for score in scores.layers):
+        return {}
+    values = np.array([score.per_sample for score in scores.layers]).T  # (samples, layers)
+    candidates = sorted(set(range(protect_first, len(scores.layers))) - set(drop_ids))
+    found = stability(values, [layer for layer in candidates if layer not in keep], candidates)
+    return {} if found is None else {"stability": found}
+
+
+def _chosen_by_samples(
+    checkpoint: Checkpoint, options: ChoiceOptions, like: tuple[int, ...], drop_ids: Sequence[int], protect_first: int
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """As many layers as `like` has, and what the plan says about them."""
+    num_drop = checkpoint.num_layers - len(like)
+    with _out_of_memory(options.device):
+        dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
+    facts = {"layer_method": options.method, "objective": options.objective, "layer_choice": report}
+    stable = report["rounds"][-1].pop("stability") if report["rounds"] else None
+    keep = tuple(layer for layer in range(checkpoint.num_layers) if layer not in dropped)
+    return keep, facts | ({} if stable is None else {"stability": stable})
 
 
 def _channels_to_keep(

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, 
 
 METRICS = ("block_influence",)
 PLAN = "prune_plan.yaml"
+_OPTIONAL = ("action_head", "activations_sha256", "vision", "position_weights")
+_OPTIONAL_OF_LAYER = ("per_sample", "by_modality")
+_NUMBER_LIST = re.compile(r"\[\n([\s\d.,e+-]*)\]")  # one line each: a number a line would make a file that nobody opens
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,16 @@ class LayerScore:
     index: int  # 0-based, as in the source
     importance: float
     standard_error: float | None  # over samples; None for a single sample
+    per_sample: tuple[float, ...] | None = None  # whose mean `importance` is; None in files of older versions
+    by_modality: dict[str, float] | None = None  # the same over the positions of one kind; None for a plain decoder
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.importance):
             raise EvlaError(f"Layer {self.index} has the importance {self.importance}; it must be a finite number.")
         if self.standard_error is not None and not 0 <= self.standard_error < math.inf:
             raise EvlaError(f"Layer {self.index} has the standard error {self.standard_error}; it cannot be that.")
+        if not all(map(math.isfinite, [*(self.per_sample or ()), *(self.by_modality or {}).values()])):
+            raise EvlaError(f"Layer {self.index} has per_sample or by_modality values that are not finite numbers.")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class LayerImportance:
     evla_version: str = __version__
     action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
     activations_sha256: str | None = None  # of the file that `activations_file` names, with --activations
+    vision: dict[str, tuple[LayerScore, ...]] = field(default_factory=dict)  # tower -> every block that runs
+    position_weights: dict[str, float] | None = None  # kind of position -> how often it counted; None: once
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)
@@ -59,23 +69,39 @@ class LayerImportance:
         check_sha256("samples_sha256", self.samples_sha256)
         if [score.index for score in self.layers] != list(range(len(self.layers))) or not self.layers:
             raise EvlaError("The layers of an importance file must be listed in order: 0, 1, 2, ...")
+        for tower, blocks in self.vision.items():
+            if [score.index for score in blocks] != list(range(len(blocks))):
+                raise EvlaError(f"The blocks of vision.{tower} must be listed in order: 0, 1, 2, ...")
+        for score in self.layers:
+            if score.per_sample is not None and len(score.per_sample) != self.num_samples:
+                raise EvlaError(
+                    f"Layer {score.index} has {len(score.per_sample)} per_sample values for {self.num_samples} samples."
+                )
 
     def ranking(self) -> list[int]:
         """Layer indices, least important first; ties go to the lower index."""
-        return sorted(range(len(self.layers)), key=lambda index: (self.layers[index].importance, index))
+        return ranked(self.layers)
 
     def to_json(self) -> str:
         record = to_mapping(self) | {"ranking": self.ranking()}
-        for optional in ("action_head", "activations_sha256"):
-            if record[optional] is None:
-                del record[optional]
-        return json.dumps(record, indent=2, allow_nan=False) + "\n"
+        scores = [*record["layers"], *(score for blocks in record["vision"].values() for score in blocks)]
+        for part, optional in ((record, _OPTIONAL), *((score, _OPTIONAL_OF_LAYER) for score in scores)):
+            for key in optional:
+                if not part[key]:
+                    del part[key]
+        text = json.dumps(record, indent=2, allow_nan=False)
+        return _NUMBER_LIST.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> "LayerImportance":
         record = read_json(path)
         record.pop("ranking", None)  # derived
         return from_mapping(cls, record, str(path))
+
+
+def ranked(scores: Sequence[LayerScore]) -> list[int]:
+    """Indices, least important first; ties go to the lower index."""
+    return sorted(range(len(scores)), key=lambda index: (scores[index].importance, index))
 
 
 def activations_file(importance: Path) -> Path:
@@ -90,21 +116,18 @@ def has_activations(importance: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class PrunePlan:
-    """Which decoder layers and MLP channels stay; `prune_plan.yaml`.
+class StackPlan:
+    """Which layers of one stack, the decoder or a vision tower, stay, and which of their MLP channels.
 
     Attributes:
         keep_layers: indices in the source, ascending.
         mlp_keep: for every kept layer the channels that stay, ascending; None keeps all.
-        how: how it was decided, for the reader: the options of `analyze` and `prune` under a recipe's keys, scores.
     """
 
     num_layers: int
     intermediate_size: int
     keep_layers: tuple[int, ...]
     mlp_keep: tuple[tuple[int, ...], ...] | None = None
-    checkpoint_sha256: str = ""
-    how: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kept = self.keep_layers
@@ -136,27 +159,57 @@ class PrunePlan:
     def keeps_everything(self) -> bool:
         return not self.dropped_layers and self.kept_intermediate_size == self.intermediate_size
 
-    def to_record(self) -> dict[str, Any]:
+    def sizes_record(self) -> dict[str, Any]:
         return {
-            "schema_version": SCHEMA_VERSION,
-            "evla_version": __version__,
-            "libraries": library_versions(),
-            "checkpoint_sha256": self.checkpoint_sha256,
             "num_layers": self.num_layers,
             "keep_layers": list(self.keep_layers),
             "dropped_layers": list(self.dropped_layers),
             "intermediate_size": self.intermediate_size,
             "kept_intermediate_size": self.kept_intermediate_size,
-            "how": self.how,
-            # Kept layer (source index) -> bit mask over its channels in hexadecimal, channel 0 the highest bit of the
-            # first digit: 11008 numbers a layer would make a file that nobody opens.
-            "mlp_keep": None
-            if self.mlp_keep is None
-            else {
-                layer: _to_mask(channels, self.intermediate_size)
-                for layer, channels in zip(self.keep_layers, self.mlp_keep, strict=True)
-            },
         }
+
+    def masks_record(self) -> dict[int, str] | None:
+        """Kept layer (source index) -> bit mask over its channels in hexadecimal, channel 0 the highest bit of the
+        first digit: 11008 numbers a layer would make a file that nobody opens."""
+        if self.mlp_keep is None:
+            return None
+        kept = zip(self.keep_layers, self.mlp_keep, strict=True)
+        return {layer: _to_mask(channels, self.intermediate_size) for layer, channels in kept}
+
+
+@dataclass(frozen=True)
+class PrunePlan(StackPlan):
+    """Which decoder layers and MLP channels stay; `prune_plan.yaml`.
+
+    Attributes:
+        how: how it was decided, for the reader: the options of `analyze` and `prune` under a recipe's keys, scores.
+        vision: tower -> what stays of it; towers that are left alone are left out.
+    """
+
+    checkpoint_sha256: str = ""
+    how: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, StackPlan] = field(default_factory=dict)
+
+    def of_towers(self) -> "PrunePlan":
+        """What it does to the vision towers, and nothing to the decoder."""
+        return replace(self, keep_layers=tuple(range(self.num_layers)), mlp_keep=None)
+
+    def to_record(self) -> dict[str, Any]:
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "evla_version": __version__,
+            "libraries": library_versions(),
+            "checkpoint_sha256": self.checkpoint_sha256,
+            **self.sizes_record(),
+            "how": self.how,
+            "mlp_keep": self.masks_record(),
+        }
+        if self.vision:
+            towers = self.vision.items()
+            record["vision"] = {
+                name: tower.sizes_record() | {"mlp_keep": tower.masks_record()} for name, tower in towers
+            }
+        return record
 
     @classmethod
     def load(cls, path: Path) -> "PrunePlan":
@@ -170,47 +223,65 @@ class PrunePlan:
             raise EvlaError(f"{path}: {error}") from error
 
 
-@dataclass(frozen=True)
-class _PlanFile:
-    """`prune_plan.yaml` as it stands on the disk: what follows from other keys must fit them."""
+@dataclass(frozen=True, kw_only=True)
+class _StackFile:
+    """A stack's keys as they stand on the disk: what follows from other keys must fit them."""
 
-    schema_version: int
-    checkpoint_sha256: str
     num_layers: int
     keep_layers: tuple[int, ...]
     dropped_layers: tuple[int, ...]
     intermediate_size: int
     kept_intermediate_size: int
-    how: dict[str, Any]
     mlp_keep: dict[int, str] | None
-    evla_version: str = ""
-    libraries: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_schema_version(self.schema_version)
-        check_sha256("checkpoint_sha256", self.checkpoint_sha256)
         # In this order: a number of layers that nothing lists must not be counted up to.
         if self.num_layers != len(self.keep_layers) + len(self.dropped_layers) or (
             sorted(self.keep_layers + self.dropped_layers) != list(range(self.num_layers))
         ):
             raise EvlaError(f"keep_layers and dropped_layers must name each of the {self.num_layers} layers once.")
 
-    def plan(self) -> PrunePlan:
+    def stack(self) -> StackPlan:
         """Errors: the widths or the masks contradict each other."""
         mlp_keep = None
         if self.mlp_keep is not None:
             if self.mlp_keep.keys() != set(self.keep_layers):
                 raise EvlaError("mlp_keep must have one channel mask for each of keep_layers, and no other.")
             mlp_keep = tuple(_from_mask(self.mlp_keep[layer], self.intermediate_size) for layer in self.keep_layers)
-        plan = PrunePlan(
-            self.num_layers, self.intermediate_size, self.keep_layers, mlp_keep, self.checkpoint_sha256, self.how
-        )
+        plan = StackPlan(self.num_layers, self.intermediate_size, self.keep_layers, mlp_keep)
         if plan.kept_intermediate_size != self.kept_intermediate_size:
             raise EvlaError(
                 f"kept_intermediate_size is {self.kept_intermediate_size}, mlp_keep keeps "
                 f"{plan.kept_intermediate_size} channels."
             )
         return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanFile(_StackFile):
+    """`prune_plan.yaml`."""
+
+    schema_version: int
+    checkpoint_sha256: str
+    how: dict[str, Any]
+    evla_version: str = ""
+    libraries: dict[str, str] = field(default_factory=dict)
+    vision: dict[str, _StackFile] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_schema_version(self.schema_version)
+        check_sha256("checkpoint_sha256", self.checkpoint_sha256)
+        super().__post_init__()
+
+    def plan(self) -> PrunePlan:
+        decoder = self.stack()
+        towers = {}
+        for name, tower in self.vision.items():
+            try:
+                towers[name] = tower.stack()
+            except EvlaError as error:
+                raise EvlaError(f"vision.{name}: {error}") from error
+        return PrunePlan(**vars(decoder), checkpoint_sha256=self.checkpoint_sha256, how=self.how, vision=towers)
 
 
 def _to_mask(channels: tuple[int, ...], width: int) -> str:

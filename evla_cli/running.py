@@ -16,6 +16,7 @@ from evla_cli.checkpoint.files import Stamp, file_stamp, known_sha256, read_json
 from evla_cli.checkpoint.outputs import check_apart, check_space, clear_leftovers, locked, made_directory, write_file
 from evla_cli.checkpoint.tensors import total_bytes
 from evla_cli.checkpoint.writer import parse_size
+from evla_cli.choosing import ChoiceOptions
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
@@ -92,7 +93,7 @@ def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
     if recipe.prune is not None:
         plan = pipeline.foreseen_plan(source, recipe.prune, ranked=recipe.analyze is not None)
         num_layers = len(plan.keep_layers)
-        weights = prune_weights(weights, plan, source.family.decoder_layers)
+        weights = prune_weights(weights, plan, source.family.decoder_layers, source.family.tower_prefixes)
         num_bytes["prune"] = total_bytes(weights)
     if recipe.export is not None:
         parse_size(recipe.export.max_shard_size)
@@ -115,7 +116,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
         data = path.parent / analyze.samples
         samples = load_samples(data, source.family.sample_kind, analyze.num_samples)
         analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
-        with_activations = recipe.prune is not None and recipe.prune.mlp_method == "activation"
+        with_activations = recipe.prune is not None and recipe.prune.needs_activations
         if with_activations:
             analyze_options["activations"] = True
         stages.run(
@@ -128,6 +129,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 num_samples=analyze.num_samples,
                 batch_size=analyze.batch_size,
                 dtype=analyze.dtype,
+                weights=analyze.position_weights,
                 with_activations=with_activations,
                 overwrite=True,
                 on_complete=on_complete,
@@ -144,6 +146,11 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
             refit = RefitOptions(
                 path.parent / analyze.samples, analyze.num_samples, analyze.batch_size, prune.refit_last_weight
             )
+        choice = None
+        if (prune.layer_method, prune.objective) != ("cosine", "hidden") and recipe.analyze is not None:
+            analyze = recipe.analyze
+            data = path.parent / analyze.samples
+            choice = ChoiceOptions(prune.layer_method, prune.objective, data, analyze.num_samples, analyze.batch_size)
         exported = stages.outputs["prune"]
         stages.run(
             "prune",
@@ -154,10 +161,12 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 importance=importance,
                 num_drop=prune.drop_layers or None,  # the recipe's default
                 drop_ids=prune.drop_layer_ids,
+                choice=choice,
                 protect_first=prune.protect_first,
                 mlp_prune_ratio=prune.mlp_prune_ratio,
                 mlp_method=prune.mlp_method,
                 seed=prune.seed,
+                vision=pipeline.vision_options(prune),
                 refit=refit,
                 overwrite=True,
                 on_complete=on_complete,

@@ -22,6 +22,9 @@ DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
 SAMPLERS = ("ddim", "ddpm")
 MLP_METHODS = ("prunenet", "activation", "magnitude", "random")
+VISION_MLP_METHODS = ("activation", "magnitude", "random")
+LAYER_METHODS = ("cosine", "iterative", "refit-aware")
+OBJECTIVES = ("hidden", "action")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -194,6 +197,7 @@ class AnalyzeRecipe:
     num_samples: int | None = None
     batch_size: int = 8
     dtype: str = "float32"
+    position_weights: dict[str, float] = field(default_factory=dict)  # kind of position -> how often it counts
 
     def __post_init__(self) -> None:
         _at_least("batch_size", self.batch_size, 1)
@@ -204,19 +208,37 @@ class AnalyzeRecipe:
 class PruneRecipe:
     drop_layers: int = 0
     drop_layer_ids: tuple[int, ...] = ()
+    layer_method: str = "cosine"  # all but the default on the samples of `analyze`, and so `objective`
+    objective: str = "hidden"
     protect_first: int | None = None
     mlp_prune_ratio: float = 0.0
     mlp_method: str = "prunenet"
     seed: int = 0
+    vision_drop_layers: int = 0  # from each vision tower
+    vision_mlp_prune_ratio: float = 0.0
+    vision_mlp_method: str = "activation"
     refit: bool = False  # on the samples of `analyze`
-    refit_last_weight: float = 1.0  # how often the last position counts, a VLA's cognition token
+    refit_last_weight: float | None = None  # how often a sample's last position counts; None: see RefitOptions
 
     def __post_init__(self) -> None:
         _at_least("drop_layers", self.drop_layers, 0)
         _at_least("seed", self.seed, 0)
+        _one_of("layer_method", self.layer_method, LAYER_METHODS)
+        _one_of("objective", self.objective, OBJECTIVES)
         _one_of("mlp_method", self.mlp_method, MLP_METHODS)
         if not 0 <= self.mlp_prune_ratio < 1:
             raise EvlaError(f"mlp_prune_ratio is the fraction removed, in [0, 1), got {self.mlp_prune_ratio}.")
+        _at_least("vision_drop_layers", self.vision_drop_layers, 0)
+        _one_of("vision_mlp_method", self.vision_mlp_method, VISION_MLP_METHODS)
+        if not 0 <= self.vision_mlp_prune_ratio < 1:
+            raise EvlaError(
+                f"vision_mlp_prune_ratio is the fraction removed, in [0, 1), got {self.vision_mlp_prune_ratio}."
+            )
+
+    @property
+    def needs_activations(self) -> bool:
+        vision = self.vision_mlp_prune_ratio > 0 and self.vision_mlp_method == "activation"
+        return vision or self.mlp_method == "activation"
 
 
 @dataclass(frozen=True)
@@ -251,7 +273,14 @@ class Recipe:
         if self.analyze is self.prune is self.export is None:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
         if self.analyze is None and self.prune is not None:
-            needing = {"mlp_method": self.prune.mlp_method == "activation", "refit": self.prune.refit}
+            needing = {
+                "mlp_method": self.prune.mlp_method == "activation",
+                "vision_drop_layers": self.prune.vision_drop_layers > 0,
+                "vision_mlp_method": self.prune.needs_activations,
+                "refit": self.prune.refit,
+                "layer_method": self.prune.layer_method != "cosine",
+                "objective": self.prune.objective != "hidden",
+            }
             for key in [key for key, needs in needing.items() if needs]:
                 raise EvlaError(f"prune.{key} needs calibration samples: give the recipe an analyze section.")
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,9 @@ def from_simulator(action: np.ndarray) -> np.ndarray:
     return np.array([*np.clip(action[:3], -1, 1), 0, 0, 0, float(action[3] < 0)], np.float32)
 
 
-def record_episode(env: DemoEnv, seed: int, stride: int = 3) -> list[dict[str, Any]]:
-    """Frames, expert chunks and keypoints of one noisy expert episode, every `stride` steps.
-
-    The noise takes the arm to places the expert alone never visits; the label is what the expert would do from there.
-    """
+def noisy_episode(env: DemoEnv, seed: int, stride: int) -> Iterator[int]:
+    """Every `stride`-th step of a noisy expert's episode, before it is taken: the noise takes the arm to places the
+    expert alone never visits."""
     generator = np.random.default_rng(seed)
     sigma = generator.choice([0.0, 0.3, 0.6], p=[0.2, 0.4, 0.4])
     drift_start, drift_length = generator.integers(0, 60), generator.integers(5, 30)
@@ -95,19 +94,9 @@ def record_episode(env: DemoEnv, seed: int, stride: int = 3) -> list[dict[str, A
     phase = generator.integers(stride)
     noise = np.zeros(3)
     env.reset(seed)
-    frames = []
     for step in range(RECORDED_STEPS):
         if step % stride == phase:
-            chunk, keypoints = env.expert_chunk(), env.keypoints()
-            frames.append(
-                {
-                    "image": env.render(),
-                    "actions": chunk,
-                    "position": keypoints.position,
-                    "pixel": keypoints.pixel,
-                    "step": np.int64(step),
-                }
-            )
+            yield step
         noise = 0.8 * noise + 0.6 * sigma * generator.standard_normal(3)  # Ornstein-Uhlenbeck, deviation sigma
         action = env.expert_action()
         if drift.any() and drift_start <= step < drift_start + drift_length:
@@ -115,6 +104,22 @@ def record_episode(env: DemoEnv, seed: int, stride: int = 3) -> list[dict[str, A
         action[:3] += noise
         if env.step(action):
             break
+
+
+def record_episode(env: DemoEnv, seed: int, stride: int = 3) -> list[dict[str, Any]]:
+    """Frames, expert chunks (what the expert would do from there) and keypoints of one noisy episode."""
+    frames = []
+    for step in noisy_episode(env, seed, stride):
+        chunk, keypoints = env.expert_chunk(), env.keypoints()
+        frames.append(
+            {
+                "image": env.render(),
+                "actions": chunk,
+                "position": keypoints.position,
+                "pixel": keypoints.pixel,
+                "step": np.int64(step),
+            }
+        )
     return frames
 
 

@@ -429,8 +429,8 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     ),
     "importance for a plan": ("prune run out --plan importance.json", "has no keep_layers: not a prune_plan.yaml"),
     "unknown method": ("prune run out --mlp-prune-ratio 0.5 --mlp-method best", "'best' is not one of"),
-    "refit without samples": (f"{PRUNE} --drop-layers 1 --refit", "give both --refit and --samples"),
-    "samples without refit": (f"{PRUNE} --drop-layers 1 --samples samples", "give both --refit and --samples"),
+    "refit without samples": (f"{PRUNE} --drop-layers 1 --refit", "give both, or neither"),
+    "samples without refit": (f"{PRUNE} --drop-layers 1 --samples samples", "give both, or neither"),
     "refit with a weight of 0": (
         f"{PRUNE} --drop-layers 1 --refit --samples samples --refit-last-weight 0",
         "refit_last_weight must be a number above 0, got 0.0",

@@ -128,7 +128,8 @@ def test_importance_holds_what_is_documented(importance):
     assert importance["schema_version"] == 1
     assert importance["metric"] == "block_influence"
     assert importance["num_samples"] == 5
-    assert [set(layer) for layer in importance["layers"]] == [{"index", "importance", "standard_error"}] * 6
+    keys = {"index", "importance", "standard_error", "per_sample", "by_modality"}
+    assert [set(layer) for layer in importance["layers"]] == [keys] * 6
     assert [layer["index"] for layer in importance["layers"]] == list(range(6))
     assert sorted(importance["ranking"]) == list(range(6))
 

@@ -11,8 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evla_cli.evaluation.flops import count_flops
 from evla_cli.evaluation.stock import load_stock_policy
+from evla_cli.families.base import prune_config
 from evla_cli.families.cogact import COGACT
+from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.models.skeleton import build_skeleton, expected_shapes
+from evla_cli.plan import PrunePlan, StackPlan
 from evla_cli.runtime.policy import policy_from_checkpoint
 from evla_cli.settings import ActionCacheSettings, InferenceSettings, VisualTokenSettings
 
@@ -79,6 +82,54 @@ def test_tflops_of_token_pruning_alone(tokens, tflops):
 )
 def test_parameters(layers, mlp, head, billions):
     assert parameters(skeleton(layers, mlp, head)) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def without_vision(layers, drop, ratio):
+    """CogACT-Base with 25 % of the decoder's rows, `drop` blocks of each tower and `ratio` of their rows removed."""
+    config = cogact_config("base")
+
+    def stack(num_layers, width, kept_layers, kept_width):
+        keep = (*range(kept_layers - 1), num_layers - 1)
+        return {"num_layers": num_layers, "intermediate_size": width, "keep_layers": keep} | (
+            {"mlp_keep": (tuple(range(kept_width)),) * len(keep)} if kept_width < width else {}
+        )
+
+    towers = {
+        name: StackPlan(**stack(blocks, width, blocks - drop, prune_width(width, ratio)))
+        for name, blocks, width in (("dino", 24, 4096), ("siglip", 27, 4304))
+    }
+    plan = PrunePlan(**stack(32, 11008, layers, 8256), vision=towers)
+    return build_skeleton(COGACT, prune_config(config, COGACT, plan))
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept", "drop", "ratio", "percent", "billions"),
+    [
+        (22, 56, 0, 0.0, 28.72, 4.862),
+        (22, 56, 6, 0.0, 26.67, 4.695),
+        (22, 56, 0, 0.25, 27.26, 4.741),
+        (22, 56, 6, 0.25, 25.55, 4.602),
+        (22, 56, 12, 0.5, 23.09, 4.400),
+        (22, 40, 10, 0.25, 21.83, 4.509),
+        (20, 40, 8, 0.25, 21.25, 4.218),
+        (18, 40, 6, 0.25, 20.66, 3.927),
+        (16, 56, 6, 0.25, 21.30, 3.590),
+    ],
+)
+def test_pruned_towers(layers, kept, drop, ratio, percent, billions):
+    """The table of docs/vision.md; the towers' operations by hand."""
+    model = without_vision(layers, drop, ratio)
+    flops = count_flops(model, settings(kept, interval=5))
+    assert 100 * flops.total / dense().total == pytest.approx(percent, abs=0.005)
+    assert parameters(model) / 1e9 == pytest.approx(billions, abs=0.0006)
+    dino, siglip = {0.0: (4096, 4304), 0.25: (3072, 3200), 0.5: (2048, 2176)}[ratio]
+    expected = 2 * 261 * (24 - drop) * (4 * 1024**2 + 2 * 1024 * dino)
+    expected += 2 * 256 * (27 - drop) * (4 * 1152**2 + 2 * 1152 * siglip)
+    expected += 2 * 256 * 3 * 14**2 * (1024 + 1152)
+    assert flops.vision == expected
+    full = count_flops(model, settings(kept, interval=5), convention="full").vision  # the last block never runs
+    expected -= 2 * 261 * (4 * 1024**2 + 2 * 1024 * dino) + 2 * 256 * (4 * 1152**2 + 2 * 1152 * siglip)
+    assert full == expected + 4 * (261**2 * 1024 * (23 - drop) + 256**2 * 1152 * (26 - drop))
 
 
 def tokens(method, convention="full", reused=(), **keys):

@@ -1,6 +1,7 @@
 """Refit: the streamed ridge regression against numpy's least squares on whole models, its guard, and its plan."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,19 @@ import pico
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
 from evla_cli.errors import EvlaError
+from evla_cli.evaluation.report import prune_table
 from evla_cli.families import open_checkpoint
-from evla_cli.methods.refit import RIDGES, NormalEquations, best_candidate, squared_error
+from evla_cli.methods import refit as refit_maths
+from evla_cli.methods.refit import RIDGES, Fit, NormalEquations, best_fit, squared_error
 from evla_cli.models.processing import load_tokenizer
-from evla_cli.refitting import RefitOptions
+from evla_cli.models.streaming import DecoderStream
+from evla_cli.refitting import RefitOptions, _counts, _position_kinds
 
 
 def ridge_reference(inputs: np.ndarray, residual: np.ndarray, ridge: float) -> np.ndarray:
@@ -42,55 +47,84 @@ def problem(num_rows: int, num_inputs: int = 12, noise: float = 0.5) -> tuple[to
     return inputs, inputs @ law.T + noise * torch.randn(num_rows, 5, generator=generator)
 
 
+def solved(found: NormalEquations, ridge: float) -> torch.Tensor:
+    change = found.solution(ridge)
+    assert change is not None
+    return change
+
+
 class TestSolve:
     @pytest.mark.parametrize("num_rows", [40, 9])  # 9 rows leave 12 inputs open: the ridge alone decides
-    def test_equals_least_squares_with_further_rows(self, num_rows):
+    @pytest.mark.parametrize("block", [512, 5])  # one block; several, of which the last is narrower
+    def test_equals_least_squares_with_further_rows(self, num_rows, block, monkeypatch):
+        monkeypatch.setattr(refit_maths, "_BLOCK", block)
         inputs, residual = problem(num_rows)
-        solutions = dict(equations(inputs, residual).solutions())
-        assert tuple(solutions) == RIDGES
-        for ridge, change in solutions.items():
+        found = equations(inputs, residual)
+        for ridge in (*RIDGES, RIDGES[0]):  # one does not spoil the next
             expected = ridge_reference(inputs.double().numpy(), residual.double().numpy(), ridge)
-            np.testing.assert_allclose(change.numpy(), expected, rtol=0, atol=1e-9)  # float64, condition below 1e5
+            np.testing.assert_allclose(solved(found, ridge).numpy(), expected, rtol=0, atol=1e-9)  # condition below 1e5
+
+    def test_rows_may_come_after_a_solution(self, monkeypatch):
+        monkeypatch.setattr(refit_maths, "_BLOCK", 5)
+        inputs, residual = problem(40)
+        found = equations(inputs[:21], residual[:21])
+        solved(found, 0.1)
+        found.add(inputs[21:], residual[21:])
+        torch.testing.assert_close(solved(found, 0.1), solved(equations(inputs, residual), 0.1), rtol=0, atol=1e-10)
 
     def test_a_weight_counts_a_row_so_many_times(self):
         inputs, residual = problem(20)
         counts = torch.arange(20) % 3
-        weighted = dict(equations(inputs, residual, counts).solutions())
-        repeated = dict(equations(*(t.repeat_interleave(counts, dim=0) for t in (inputs, residual))).solutions())
-        for ridge, change in weighted.items():
-            torch.testing.assert_close(change, repeated[ridge], rtol=0, atol=1e-10)
-        change = weighted[0.1]
+        weighted = equations(inputs, residual, counts)
+        repeated = equations(*(t.repeat_interleave(counts, dim=0) for t in (inputs, residual)))
+        for ridge in RIDGES:
+            torch.testing.assert_close(solved(weighted, ridge), solved(repeated, ridge), rtol=0, atol=1e-10)
+        change = solved(weighted, 0.1)
         left = [squared_error(inputs[n : n + 1], residual[n : n + 1], change) for n in range(20)]
         expected = sum(error * int(count) for error, count in zip(left, counts, strict=True))
         assert squared_error(inputs, residual, change, counts) == pytest.approx(expected, rel=1e-6)
 
     def test_what_has_no_single_solution_is_left_out(self):
         inputs, residual = problem(9)
-        assert [ridge for ridge, _ in equations(inputs, residual).solutions((1e-3, 0.0))] == [1e-3]
-        assert list(equations(torch.zeros(9, 4), residual).solutions()) == []
+        assert equations(inputs, residual).solution(0.0) is None
+        assert equations(torch.zeros(9, 4), residual).solution(1.0) is None
 
 
 class TestGuard:
     """Few rows and a residual that is mostly noise: least squares fits the noise."""
 
-    def held_out(self, num_rows: int, noise: float) -> tuple[list[float], int]:
-        changes = [None, *(change for _, change in equations(*problem(num_rows, 100, noise)).solutions())]
-        errors = [squared_error(*problem(400, 100, noise), change) for change in changes]
-        return errors, best_candidate(errors)
+    def fit(self, num_rows: int, noise: float) -> tuple[Fit, list[float]]:
+        found, held_out = equations(*problem(num_rows, 100, noise)), problem(400, 100, noise)
+
+        def error(change: torch.Tensor | None) -> float:
+            return squared_error(*held_out, change)
+
+        return best_fit(found.solution, error), [error(found.solution(ridge)) for ridge in RIDGES]
 
     def test_overfitting_is_not_chosen(self):
-        errors, best = self.held_out(110, noise=30.0)
-        assert errors[-1] > 3 * errors[0]  # what least squares alone would do to samples that it has not seen
-        assert errors[best] <= errors[0]
-        assert best <= 1  # no change, or hardly any
+        best, errors = self.fit(110, noise=30.0)
+        assert errors[-1] > 3 * best.errors[0]  # what least squares alone would do to samples that it has not seen
+        assert best.errors[1] <= best.errors[0]
+        assert best.ridge in (None, 1.0)  # no change, or hardly any
 
     def test_where_there_is_enough_data_it_does_not_hold_back(self):
-        errors, best = self.held_out(5000, noise=0.1)
-        assert errors[best] < 0.01 * errors[0]
-        assert best > 2
+        best, errors = self.fit(5000, noise=0.1)
+        assert best.errors[1] == min(errors) < 0.01 * best.errors[0]
+        assert best.ridge < 0.1
 
     def test_equal_errors_mean_no_change(self):
-        assert best_candidate([0.0, 0.0, 0.0]) == 0
+        assert best_fit(lambda ridge: torch.tensor(ridge), lambda change: 0.0).weight is None
+
+    def test_it_goes_on_until_more_change_makes_it_worse(self):
+        errors = {None: 9.0, 1.0: 9.0, 0.3: 5.0, 0.1: 4.0, 0.03: 6.0, 0.01: 1.0}
+        asked = []
+
+        def error(change: torch.Tensor | None) -> float:
+            asked.append(None if change is None else change.item())
+            return errors[asked[-1]]
+
+        best = best_fit(lambda ridge: torch.tensor(ridge, dtype=torch.float64), error)
+        assert (best.ridge, best.errors, asked) == (0.1, (9.0, 4.0), [None, 1.0, 0.3, 0.1, 0.03])
 
 
 PRUNED = {"drop_ids": [2, 3], "mlp_prune_ratio": 0.5, "mlp_method": "random"}
@@ -131,36 +165,55 @@ def through(model, tokens: list[torch.Tensor]) -> list[list[tuple[np.ndarray, np
 
 
 def test_equals_a_naive_computation_on_whole_models(decoders, text_samples, refit, tmp_path):
-    """Float64, one unpadded sample at a time, everything computed anew for every layer; llama has biases here."""
+    """Float64, one unpadded sample at a time, everything computed anew for every layer; llama has biases here. One
+    student is fit to four samples and judged by the fifth, the other is fit to all with the ridges of the first."""
     plain = tmp_path / "plain"
     pipeline.prune(decoders("llama"), plain, **PRUNED)
     tokenizer = load_tokenizer(plain)
     tokens = [torch.tensor(tokenizer.encode(sample.text).ids) for sample in load_samples(text_samples, "text")]
     load = {"dtype": torch.float64, "attn_implementation": "eager"}
     dense = through(AutoModelForCausalLM.from_pretrained(decoders("llama"), **load).eval(), tokens)
-    student = AutoModelForCausalLM.from_pretrained(plain, **load).eval()
+    judged, written = (AutoModelForCausalLM.from_pretrained(plain, **load).eval() for _ in range(2))
     kept, found = [0, 1, 4, 5], report(refit)["layers"]
     for position, layer in enumerate(kept):
         target = ([*kept, 6])[position + 1] - 1  # the layer whose output the next kept layer reads
-        states = through(student, tokens)
-        rows = [
-            (inputs, dense[number][target][1] - output)
-            for number, (inputs, output) in enumerate(states[position] for states in states)
-        ]
-        fit, held_out = (tuple(map(np.vstack, zip(*part, strict=True))) for part in (rows[:4], rows[4:]))
+
+        def lacking(model, position=position, target=target) -> list[tuple[np.ndarray, np.ndarray]]:
+            states = [sample[position] for sample in through(model, tokens)]
+            return [(inputs, dense[n][target][1] - output) for n, (inputs, output) in enumerate(states)]
+
+        rows, everything = lacking(judged), stacked(lacking(written))
+        fit, held_out = stacked(rows[:4]), stacked(rows[4:])
         candidates = {None: np.zeros((32, 64))} | {ridge: ridge_reference(*fit, ridge) for ridge in RIDGES}
         left = {ridge: held_out[1] - held_out[0] @ change.T for ridge, change in candidates.items()}
         errors = {ridge: np.square(values).mean() ** 0.5 for ridge, values in left.items()}
         best = min(errors, key=lambda ridge: errors[ridge])
         assert found[layer]["ridge"] == best
         np.testing.assert_allclose(found[layer]["held_out_rms"], [errors[None], errors[best]], rtol=1e-4)
-        weight = student.model.layers[position].mlp.down_proj.weight
-        weight.data += torch.from_numpy(candidates[best])
+        changes = {judged: candidates[best], written: 0 if best is None else ridge_reference(*everything, best)}
+        for model, change in changes.items():
+            model.model.layers[position].mlp.down_proj.weight.data += torch.as_tensor(change)
         # Hidden states are float32 on one side; weights are of order 0.1, the least ridge magnifies rounding 1e4 times.
+        weight = written.model.layers[position].mlp.down_proj.weight
         np.testing.assert_allclose(
             down_projections(refit)[position].numpy(), weight.detach().numpy(), rtol=0, atol=2e-4
         )
     assert {entry["ridge"] for entry in found.values()} != {None}
+    ends = [
+        model.model.norm(torch.from_numpy(states[4][-1][1])).detach().numpy()
+        for model, states in (
+            (judged, dense),  # the norm is the same in all
+            (judged, through(AutoModelForCausalLM.from_pretrained(plain, **load).eval(), tokens)),
+            (judged, through(judged, tokens)),
+        )
+    ]
+    expected = [np.square(end - ends[0]).mean() ** 0.5 for end in ends[1:]]
+    np.testing.assert_allclose(report(refit)["final_rms"]["all"], expected, rtol=1e-4)
+    assert report(refit)["helps"] == (expected[1] < expected[0])
+
+
+def stacked(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
+    return tuple(map(np.vstack, zip(*rows, strict=True)))
 
 
 def test_the_pruned_model_is_nearer_to_the_dense_one(decoders, text_samples, refit):
@@ -193,6 +246,22 @@ def test_a_plan_that_removes_nothing_changes_nothing(decoders, text_samples, tmp
     assert all(entry == {"ridge": None, "held_out_rms": [0.0, 0.0]} for entry in entries)
 
 
+def test_kinds_of_positions_in_a_vla(cogact_run, image_samples):
+    """[BOS] [visual] [prompt, the cognition token last] [padding]; the cognition token counts like all together."""
+    checkpoint, samples = open_checkpoint(cogact_run), load_samples(image_samples, "image")
+    (batch,) = (stream := DecoderStream(checkpoint, samples, len(samples), torch.float32)).batches
+    assert batch.mask is not None
+    kinds, counts = _position_kinds(stream, batch), _counts(stream, batch, None)
+    visual = stream.config.num_visual_tokens
+    for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
+        kind_of = ["text"] + visual * ["visual"] + (length - visual - 2) * ["text"] + ["cognition"]
+        for kind, positions in kinds.items():
+            assert positions[row].nonzero()[:, 0].tolist() == [at for at, name in enumerate(kind_of) if name == kind]
+        padding = len(counts[row]) - length
+        assert counts[row].tolist() == [1.0] * (length - 1) + [length] + [0.0] * padding
+    assert torch.equal(_counts(stream, batch, 1.0), batch.mask.double())
+
+
 def test_a_vla_in_its_own_layout_and_dtype(cogact_run, image_samples, importance_file, tmp_path):
     """The native `.pt` is written with refit weights; what acts on it loads."""
     from evla_cli.runtime.policy import policy_from_checkpoint
@@ -205,6 +274,66 @@ def test_a_vla_in_its_own_layout_and_dtype(cogact_run, image_samples, importance
     assert any(entry["ridge"] is not None for entry in found["layers"].values())
     image = load_samples(image_samples, "image")[0].image
     assert np.isfinite(policy_from_checkpoint(tmp_path / "run").predict_action(image, "open drawer")).all()
+
+
+DEMO, FRAMES = Path("demo/cogact-metaworld"), Path("demo/samples")
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> tuple[Path, Path]:
+    """The demo model's shipped frames: 40 to fit to, and 24 that are not seen, spread over every task's episodes."""
+    root = tmp_path_factory.mktemp("demo-frames")
+    lines = (FRAMES / "samples.jsonl").read_text().splitlines()
+    for name, chosen in (("fit", (0, 2, 3, 5, 7)), ("unseen", (1, 4, 6))):
+        shutil.copytree(FRAMES / "frames", root / name / "frames")
+        kept = [line for number, line in enumerate(lines) if number % 8 in chosen]
+        (root / name / "samples.jsonl").write_text("\n".join(kept) + "\n")
+    return root / "fit", root / "unseen"
+
+
+def test_few_frames_do_not_make_the_demos_actions_worse(frames, tmp_path):
+    """The shipped model at the size of configs/demo.yaml."""
+    from evla_cli.evaluation.fidelity import fidelity, predict_samples
+    from evla_cli.runtime.policy import policy_from_checkpoint
+
+    fit, unseen = frames
+    pipeline.analyze_to_file(DEMO, fit, tmp_path / "importance.json", with_activations=True)
+    recipe = {"importance": tmp_path / "importance.json", "num_drop": 3, "mlp_prune_ratio": 0.25}
+    samples, errors = load_samples(unseen, "image"), {}
+    reference = predict_samples(policy_from_checkpoint(DEMO, dtype=torch.float32), samples)
+    for name, options in (("plain", None), ("refit", RefitOptions(fit))):
+        pipeline.prune(DEMO, tmp_path / name, mlp_method="activation", refit=options, **recipe)
+        predicted = predict_samples(policy_from_checkpoint(tmp_path / name, dtype=torch.float32), samples)
+        errors[name] = fidelity(reference, predicted).action_error.mean()
+    found = report(tmp_path / "refit")
+    assert set(found["final_rms"]) == {"visual", "text", "cognition"}
+    assert found["helps"]
+    assert errors["refit"] < errors["plain"], errors
+
+
+def test_frames_that_say_nothing_change_nothing(tmp_path):
+    """Four pictures of noise, and a camera frame that judges: where refit does not bring its cognition token nearer,
+    every weight stays, though each layer's own fit brought all its positions nearer."""
+    folder, lines = tmp_path / "frames", (FRAMES / "samples.jsonl").read_text().splitlines()
+    folder.mkdir()
+    (folder / "frames").mkdir()
+    samples = [json.loads(line) for line in lines[::12][:4]] + [json.loads(lines[4])]
+    generator = np.random.default_rng(0)
+    for sample in samples[:4]:
+        noise = generator.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / sample["image"])
+    shutil.copy(FRAMES / samples[4]["image"], folder / samples[4]["image"])
+    (folder / "samples.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    recipe = {"drop_ids": [6, 7, 8], "mlp_prune_ratio": 0.25, "mlp_method": "magnitude"}
+    pipeline.prune(DEMO, tmp_path / "plain", **recipe)
+    result = pipeline.prune(DEMO, tmp_path / "refit", refit=RefitOptions(folder), **recipe)
+    found = report(tmp_path / "refit")
+    assert any(entry["ridge"] is not None for entry in found["layers"].values())
+    assert not found["helps"]
+    assert found["final_rms"]["cognition"][1] >= found["final_rms"]["cognition"][0]
+    assert "all weights stay as they were" in prune_table(result)
+    for ours, theirs in zip(down_projections(tmp_path / "refit"), down_projections(tmp_path / "plain"), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_bytes_do_not_depend_on_threads(decoders, tmp_path):

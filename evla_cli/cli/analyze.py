@@ -2,7 +2,15 @@ from pathlib import Path
 
 import click
 
-from evla_cli.cli.options import DTYPE_CHOICE, PATH, device_option, json_option, overwrite_option, quiet_option
+from evla_cli.cli.options import (
+    DTYPE_CHOICE,
+    PATH,
+    KindWeight,
+    device_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+)
 
 EXAMPLE = """
 \b
@@ -24,6 +32,13 @@ Examples:
 @click.option(
     "--activations", "with_activations", is_flag=True, help="Also measure MLP channels, for --mlp-method activation."
 )
+@click.option(
+    "--position-weight",
+    "weights",
+    type=KindWeight(),
+    multiple=True,
+    help="How often a kind of position counts, such as cognition=20 (kinds: visual, text, cognition; default: once).",
+)
 @click.option("--figures", type=PATH, help="Also draw importance and similarity into this folder.")
 @device_option
 @json_option
@@ -38,15 +53,20 @@ def command(
     dtype: str,
     memory_budget: str | None,
     with_activations: bool,
+    weights: tuple[tuple[str, float], ...],
     figures: Path | None,
     device: str,
     as_json: bool,
     overwrite: bool,
 ) -> None:
-    """Measure how much each decoder layer of SOURCE does.
+    """Measure how much each decoder layer of SOURCE does, and each block of its vision towers.
 
     The importance of a layer is 1 minus the mean cosine of its input and output over calibration samples: a layer that
     changes nothing scores 0. Layers are read one at a time, so a checkpoint need not fit into memory.
+
+    For a model that acts, the table also has every layer's importance over the visual tokens, the text and the
+    cognition token alone. The total counts every position once, as the paper does, unless --position-weight says
+    otherwise.
 
     With --activations, importance.activations.safetensors is written beside importance.json: how large every MLP
     channel is on the samples (root mean square). Pruning at another ratio needs no new analysis.
@@ -71,6 +91,7 @@ def command(
             dtype=dtype,
             memory_budget=memory_budget,
             with_activations=with_activations,
+            weights=dict(weights),
             figures=figures,
             overwrite=overwrite,
             ranks=ranks,

@@ -39,8 +39,8 @@ def command(
     """Measure how far the actions of B lie from those of A on the same samples with the same noise.
 
     Cognition tokens, actions, gripper commands, positions along the chunk, and what the action head's cache reuses.
-    What B does differently (layers, MLP width, visual tokens, cache) is switched on in A one at a time, to tell which
-    of them costs how much; layers and MLP by B's prune_plan.yaml, if it was made of A.
+    What B does differently (layers, MLP width, vision towers, visual tokens, cache) is switched on in A one at a time,
+    to tell which of them costs how much; the first three by B's prune_plan.yaml, if it was made of A.
     """
     from evla_cli.evaluation.compare import compare
     from evla_cli.evaluation.report import compare_table, print_json

@@ -48,6 +48,9 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 METHOD_CHOICE = click.Choice(["prunenet", "activation", "magnitude", "random"])
+VISION_METHOD_CHOICE = click.Choice(["activation", "magnitude", "random"])
+LAYER_METHOD_CHOICE = click.Choice(["cosine", "iterative", "refit-aware"])
+OBJECTIVE_CHOICE = click.Choice(["hidden", "action"])
 SEED = click.IntRange(0, 2**63 - 1)
 DTYPE_CHOICE = click.Choice(["float32", "bfloat16", "float16"])
 
@@ -64,3 +67,18 @@ class IdList(click.ParamType):
             return tuple(int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"'{value}' is not a list of whole numbers such as 3,7,9.", param, ctx)
+
+
+class KindWeight(click.ParamType):
+    """A kind of position and its weight, such as `cognition=20`."""
+
+    name = "kind=number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        kind, _, number = value.partition("=")
+        try:
+            return kind.strip(), float(number)
+        except ValueError:
+            self.fail(f"'{value}' is not a kind of position and a number, such as cognition=20.", param, ctx)

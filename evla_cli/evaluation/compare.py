@@ -32,7 +32,7 @@ class Variant:
 
     Attributes:
         name: "reference" is A, "noise" A with other noise, "all" B; of A with one thing taken from B: "layers", "mlp",
-            "tokens", "cache", "sampling"; "weights" is B's weights under A's settings.
+            "vision", "tokens", "cache", "sampling"; "weights" is B's weights under A's settings.
     """
 
     name: str
@@ -123,6 +123,8 @@ def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Va
         )
     if plan is not None and plan.kept_intermediate_size < plan.intermediate_size:
         variants.append(Variant("mlp", without_channels(a.checkpoint, plan), a.settings))
+    if plan is not None and plan.vision:
+        variants.append(Variant("vision", with_pruned_towers(a.checkpoint, plan), a.settings))
     tokens = replace(
         b.settings,
         visual_tokens=_tokens_in_source(a, b, plan),
@@ -141,13 +143,23 @@ def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Va
 
 def without_layers(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
     """`checkpoint` without the layers that the plan drops, at full MLP width; nothing is read yet."""
-    plan = replace(plan, mlp_keep=None)
-    reader = replace(checkpoint.reader, tensors=prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix))
+    return _pruned(checkpoint, replace(plan, mlp_keep=None, vision={}))
+
+
+def with_pruned_towers(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
+    """`checkpoint` with its vision towers as the plan prunes them, not refit, and its whole decoder."""
+    return _pruned(checkpoint, plan.of_towers())
+
+
+def _pruned(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
+    tensors = prune_weights(checkpoint.reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
     return replace(
         checkpoint,
-        reader=reader,
-        config=prune_config(checkpoint.config, checkpoint.family.config_path, plan),
-        weights=prune_weights(checkpoint.weights, plan, checkpoint.family.decoder_layers),
+        reader=replace(checkpoint.reader, tensors=tensors),
+        config=prune_config(checkpoint.config, checkpoint.family, plan),
+        weights=prune_weights(
+            checkpoint.weights, plan, checkpoint.family.decoder_layers, checkpoint.family.tower_prefixes
+        ),
     )
 
 
@@ -174,17 +186,23 @@ def _only_columns(lazy: LazyTensor, columns: Tensor) -> LazyTensor:
 def shared_plan(a: Candidate, b: Candidate) -> tuple[PrunePlan | None, str | None]:
     """The plan that made B's weights from A's; or None and, where their sizes differ, why it is not known."""
     path = b.checkpoint.root / PLAN
-    unknown = f"what layers and MLP cost each cannot be told; 'weights' is both together ({b.label}'s, A's settings)."
-    sizes = [(each.checkpoint.num_layers, each.checkpoint.intermediate_size) for each in (a, b)]
+    unknown = f"what layers and MLP cost each cannot be told; 'weights' is all together ({b.label}'s, A's settings)."
+    sizes = [_sizes(each.checkpoint) for each in (a, b)]
     if not path.is_file():
         return None, None if sizes[0] == sizes[1] else f"{b.label} has no {PLAN}: {unknown}"
     plan = PrunePlan.load(path)
-    if sizes[0] != (plan.num_layers, plan.intermediate_size):
-        same = (a.checkpoint.root / PLAN).is_file() and PrunePlan.load(a.checkpoint.root / PLAN) == plan
-        return None, None if same else f"{path} is not of {a.label}, whose size is another: {unknown}"
+    if (a.checkpoint.root / PLAN).is_file() and PrunePlan.load(a.checkpoint.root / PLAN) == plan:
+        return None, None
+    if sizes[0][:2] != (plan.num_layers, plan.intermediate_size):
+        return None, f"{path} is not of {a.label}, whose size is another: {unknown}"
     if plan.checkpoint_sha256 not in _hashes(a.checkpoint):
         return None, f"{path} is of another checkpoint than {a.label} (its hash differs): {unknown}"
     return plan, None
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    towers = map(checkpoint.tower_sizes, checkpoint.family.towers)
+    return checkpoint.num_layers, checkpoint.intermediate_size, *towers
 
 
 def _hashes(checkpoint: Checkpoint) -> list[str]:

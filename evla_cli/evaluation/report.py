@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evla_cli.checkpoint.tensors import total_bytes, total_elements
 from evla_cli.families import open_checkpoint
-from evla_cli.plan import LayerImportance
+from evla_cli.plan import LayerImportance, LayerScore, PrunePlan, StackPlan, ranked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,28 +34,51 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def importance_table(result: LayerImportance) -> str:
     rank = {layer: place for place, layer in enumerate(result.ranking(), start=1)}
+    kinds = sorted({kind for score in result.layers for kind in score.by_modality or ()})
     rows = []
     for score in result.layers:
-        error = "" if score.standard_error is None else f"{score.standard_error:.5f}"
-        rows.append([str(score.index), f"{score.importance:.5f}", error, str(rank[score.index])])
+        of_kind = [f"{score.by_modality[kind]:.5f}" if score.by_modality else "" for kind in kinds]
+        rows.append([str(score.index), f"{score.importance:.5f}", _error(score), str(rank[score.index]), *of_kind])
     note = f"{result.num_samples} samples, {result.dtype}; rank 1 does least and is removed first."
-    return table(["layer", "importance", "std. error", "rank"], rows) + "\n" + note
+    if result.position_weights:
+        weights = ", ".join(f"{kind} {weight:g}" for kind, weight in result.position_weights.items())
+        note += f" Positions count: {weights}, others 1."
+    parts = [table(["layer", "importance", "std. error", "rank", *kinds], rows)]
+    for tower, scores in result.vision.items():
+        place = {block: rank for rank, block in enumerate(ranked(scores), start=1)}
+        parts.append(
+            table(
+                [f"{tower} block", "importance", "std. error", "rank"],
+                [[str(s.index), f"{s.importance:.5f}", _error(s), str(place[s.index])] for s in scores],
+            )
+        )
+    return "\n\n".join(parts) + "\n" + note
+
+
+def _error(score: LayerScore) -> str:
+    return "" if score.standard_error is None else f"{score.standard_error:.5f}"
 
 
 def prune_table(result: "PruneResult") -> str:
     plan = result.plan
-    scores = plan.how.get("importance")
+    scores = _scores(plan)
+    header = ["layer", "score" if "layer_choice" in plan.how else "importance", "", "new index"]
+    stable = plan.how.get("stability")
     rows = []
     for layer in range(plan.num_layers):
         kept = layer in plan.keep_layers
         new = str(plan.keep_layers.index(layer)) if kept else "-"
-        rows.append([str(layer), f"{scores[layer]:.5f}" if scores else "", "keep" if kept else "drop", new])
+        share = f"{stable['drop_shares'][layer]:.1%}" if stable and layer in stable["drop_shares"] else ""
+        score = f"{scores[layer]:.5f}" if layer in scores else ""
+        rows.append([str(layer), score, "keep" if kept else "drop", new, *([share] if stable else [])])
     before, after = result.parameters_before, result.parameters_after
     lines = [
-        table(["layer", "importance", "", "new index"], rows),
+        table([*header, *(["dropped in"] if stable else [])], rows),
+        *([] if stable is None else [stability_note(stable)]),
         f"decoder layers   {plan.num_layers} -> {len(plan.keep_layers)}",
         f"MLP width        {plan.intermediate_size} -> {plan.kept_intermediate_size}"
         + (f"  ({plan.how['mlp_method']})" if plan.mlp_keep else ""),
+        *(_tower_line(name, tower) for name, tower in plan.vision.items()),
         f"parameters       {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M  ({after / before:.1%})",
         f"weights on disk  {result.bytes_after / 1e6:,.1f} MB",
     ]
@@ -63,20 +86,59 @@ def prune_table(result: "PruneResult") -> str:
         lines.append(f"KS distance      {distance:.4f}  ({name} rows)")
     for name, share in plan.how.get("removed_score_share", {}).items():
         lines.append(f"score removed    {share:.1%}  ({name} rows)")
+    for tower, shares in plan.how.get("vision_removed_score_share", {}).items():
+        for name, share in shares.items():
+            lines.append(f"score removed    {share:.1%}  ({tower}, {name} rows)")
     refit = plan.how.get("refit_report")
     if refit:
         lines.append(refit_table(refit))
     return "\n".join(lines)
 
 
+def _tower_line(name: str, tower: StackPlan) -> str:
+    blocks, dropped = f"{tower.num_layers} -> {len(tower.keep_layers)}", ", ".join(map(str, tower.dropped_layers))
+    return (
+        f"{name:16} {blocks} blocks (without {dropped or 'none'}), "
+        f"MLP width {tower.intermediate_size} -> {tower.kept_intermediate_size}"
+    )
+
+
+def _scores(plan: PrunePlan) -> dict[int, float]:
+    """By layer: importance, or what the layer scored when it went, or else last."""
+    choice = plan.how.get("layer_choice")
+    if choice is None:
+        return dict(enumerate(plan.how.get("importance") or ()))
+    scores: dict[int, float] = {}
+    for step in choice["rounds"]:
+        scores |= step["scores"]
+    return scores
+
+
+def stability_note(stable: dict[str, Any]) -> str:
+    last, first, share = stable["last_dropped"], stable["first_kept"], stable["exchanged_share"]
+    verdict = "can be told apart" if stable["told_apart"] else "cannot be told apart"
+    return (
+        f"Layers {last} (dropped) and {first} (kept) {verdict}: in {share:.1%} of {stable['num_resamples']} bootstrap "
+        'resamples of the samples the choice is the other. "dropped in": share of resamples.'
+    )
+
+
 def refit_table(report: dict[str, Any]) -> str:
     rows = []
-    for layer, entry in report["layers"].items():
+    stacks = {f"{tower} ": blocks for tower, blocks in report.get("vision", {}).items()} | {"": report["layers"]}
+    for stack, layer, entry in [(stack, *each) for stack, layers in stacks.items() for each in layers.items()]:
         before, after = entry["held_out_rms"]
         ridge = "unchanged" if entry["ridge"] is None else f"{entry['ridge']:g}"
-        rows.append([str(layer), f"{before:.5f}", f"{after:.5f}", ridge])
+        rows.append([f"{stack}{layer}", f"{before:.5f}", f"{after:.5f}", ridge])
+    for kind, (before, after) in report["final_rms"].items():
+        rows.append([f"end, {kind}", f"{before:.5f}", f"{after:.5f}", ""])
     note = f"Distance of hidden states from the dense model's on {report['num_held_out']} held-out samples of "
-    return table(["refit layer", "before", "after", "lambda"], rows) + f"\n{note}{report['num_samples']}."
+    note += f"{report['num_samples']}, without refit and with it."
+    if not report["helps"]:
+        judging = list(report["final_rms"])[-1]
+        which = "all weights of the decoder" if "vision" in report else "all weights"
+        note += f"\nRefit does not bring the end nearer ({judging}): {which} stay as they were."
+    return table(["refit layer", "before", "after", "lambda"], rows) + f"\n{note}"
 
 
 def inspection(source: Path) -> dict[str, Any]:
@@ -111,6 +173,8 @@ def inspection(source: Path) -> dict[str, Any]:
     if checkpoint.family.has_action_head:
         config = checkpoint.family.build_config(checkpoint.config)
         facts["visual_tokens"] = config.num_visual_tokens
+        sizes = {name: checkpoint.tower_sizes(name) for name in checkpoint.family.towers}
+        facts["towers"] = {name: {"blocks": size[0], "intermediate_size": size[1]} for name, size in sizes.items()}
         facts["action_head"] = {
             "blocks": config.action_config.num_hidden_layers,
             "hidden_size": config.action_config.hidden_size,
@@ -139,7 +203,8 @@ def inspect_table(facts: dict[str, Any]) -> str:
         lines += [
             f"action head {head['blocks']} blocks, {head['hidden_size']} wide, chunks of {head['action_horizon']} x "
             f"{head['action_dim']}",
-            f"vision      {facts['visual_tokens']} visual tokens",
+            f"vision      {facts['visual_tokens']} visual tokens; "
+            + ", ".join(f"{n} {t['blocks']} blocks, MLP {t['intermediate_size']}" for n, t in facts["towers"].items()),
             f"datasets    {', '.join(facts['datasets'])}",
         ]
     lines.append(f"tokenizer   {'found' if facts['tokenizer'] else 'missing: copy tokenizer.json here'}")
@@ -292,10 +357,11 @@ def compare_table(record: dict[str, Any]) -> str:
 _MEASURES = {
     "layers": "layers",
     "mlp": "MLP",
+    "vision": "vision",
     "tokens": "tokens",
     "cache": "cache",
     "sampling": "sampling",
-    "weights": "weights (layers and MLP)",
+    "weights": "weights (layers, MLP, vision)",
 }
 
 

@@ -31,6 +31,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A vision tower of pre-norm blocks, each of which adds `scale * fc2(gelu(fc1(...)))` (`mlp.fc1`, `mlp.fc2`) to its
+    input as the last thing it does. The features are what the second-to-last block gives; the last block never runs.
+
+    Attributes:
+        blocks: module path of the list of blocks and prefix of their weight names.
+        native_blocks: the same prefix in the names of the family's native layout.
+        idle, native_idle: the same two prefixes of what else has an `mlp` of the blocks' width, and never runs.
+        config_path: where the tower's config stands in the model's config.
+        scale: the parameter of a block that multiplies fc2's output (LayerScale); None where there is none.
+        num_prefix_tokens: given the model's config object, the positions before those of the patches.
+        set_intermediate_size: changes the tower's config in JSON form.
+        see: runs this tower alone up to its features; arguments as `ModelFamily.embed`.
+    """
+
+    blocks: str
+    native_blocks: str
+    config_path: tuple[str, ...]
+    scale: str | None
+    num_prefix_tokens: Callable[[Any], int]
+    set_intermediate_size: Callable[[dict[str, Any], int], Any]
+    see: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], Any]"
+    idle: tuple[str, ...] = ()
+    native_idle: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """
     Attributes:
@@ -45,6 +72,9 @@ class ModelFamily:
             model, samples, the tokenizer's directory, and a tensor on the device and in the dtype to compute with.
         sample_kind: "image" (image and instruction) or "text".
         action_head: module path and weight-name prefix of the action head; None where the model cannot act.
+        towers: name -> vision tower that can be pruned.
+        modalities: what stands at which position: given the model's config in JSON form and the real positions (B, T),
+            a mask (B, T) for each kind, which together are all real positions; None where all are text.
     """
 
     name: str
@@ -56,6 +86,8 @@ class ModelFamily:
     embed: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], torch.Tensor | None]"
     sample_kind: str
     action_head: str | None = None
+    towers: Mapping[str, Tower] = field(default_factory=dict)
+    modalities: "Callable[[dict[str, Any], torch.Tensor], dict[str, torch.Tensor]] | None" = None
 
     @property
     def has_action_head(self) -> bool:
@@ -64,6 +96,11 @@ class ModelFamily:
     @property
     def decoder_layers(self) -> str:
         return f"{self.decoder}.layers"
+
+    @property
+    def tower_prefixes(self) -> dict[str, tuple[str, ...]]:
+        """Of every tower's blocks, and of what else is as wide, in the model's names."""
+        return {name: (tower.blocks, *tower.idle) for name, tower in self.towers.items()}
 
 
 WritePruned = Callable[
@@ -113,10 +150,7 @@ class Checkpoint:
 
     @property
     def decoder_config(self) -> dict[str, Any]:
-        config = self.config
-        for key in self.family.config_path:
-            config = config[key]
-        return config
+        return config_section(self.config, self.family.config_path)
 
     @property
     def num_layers(self) -> int:
@@ -125,6 +159,20 @@ class Checkpoint:
     @property
     def intermediate_size(self) -> int:
         return self.decoder_config["intermediate_size"]
+
+    @property
+    def tower_prefixes(self) -> dict[str, tuple[str, ...]]:
+        """As the family's, in the names of `reader.tensors`."""
+        if self.layout != "native":
+            return self.family.tower_prefixes
+        return {name: (tower.native_blocks, *tower.native_idle) for name, tower in self.family.towers.items()}
+
+    def tower_sizes(self, name: str) -> tuple[int, int]:
+        """A vision tower's number of blocks, the last one included, and the width of their MLPs."""
+        config = self.family.build_config(self.config)
+        for key in self.family.towers[name].config_path:
+            config = getattr(config, key)
+        return config.num_hidden_layers, config.intermediate_size
 
     def small_files_sha256(self) -> str:
         """Of everything that is read from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
@@ -139,18 +187,27 @@ _SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
 LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
-def prune_config(config: dict[str, Any], path: tuple[str, ...], plan: PrunePlan) -> dict[str, Any]:
+def config_section(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for key in path:
+        config = config[key]
+    return config
+
+
+def prune_config(config: dict[str, Any], family: ModelFamily, plan: PrunePlan) -> dict[str, Any]:
     """The config of the pruned model: number of layers, MLP width, and every list that has one entry a layer."""
     config = copy.deepcopy(config)
-    decoder = config
-    for key in path:
-        decoder = decoder[key]
+    decoder = config_section(config, family.config_path)
     decoder["num_hidden_layers"] = len(plan.keep_layers)
     decoder["intermediate_size"] = plan.kept_intermediate_size
     for name in LAYER_LISTS:
         values = decoder.get(name)
         if isinstance(values, list) and len(values) == plan.num_layers:
             decoder[name] = [values[layer] for layer in plan.keep_layers]
+    for name, stack in plan.vision.items():
+        tower = config_section(config, family.towers[name].config_path)
+        tower["num_hidden_layers"] = len(stack.keep_layers)
+        if stack.mlp_keep is not None:
+            family.towers[name].set_intermediate_size(tower, stack.kept_intermediate_size)
     return config
 
 

@@ -7,6 +7,8 @@ tensors cannot tell is the number of attention heads: known for the published si
 (`{"evla": {"num_attention_heads": {"dino": 3, "siglip": 3, "action_model": 4}}}`).
 """
 
+import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,15 +24,25 @@ from evla_cli.checkpoint.reader import open_torch_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.checkpoint.torch_format import write_torch
 from evla_cli.errors import EvlaError, suggest
-from evla_cli.families.base import TOKENIZER_FILES, Checkpoint, ModelFamily, check_names, find_tokenizer, prune_config
+from evla_cli.families.base import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    ModelFamily,
+    Tower,
+    check_names,
+    find_tokenizer,
+    prune_config,
+)
 from evla_cli.families.huggingface import copy_other_files, open_huggingface, read_config
 from evla_cli.plan import PrunePlan
 from evla_cli.schema import from_mapping
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from evla_cli.calibration import Sample
+    from evla_cli.models.cogact import CogACTConfig
+    from evla_cli.models.processing import CogACTInputs
 
 _PARTS = {  # the model's prefix -> the native file's
     "dino": "model.vision_backbone.dino_featurizer",
@@ -284,8 +296,8 @@ def infer_config(
         "model_type": "cogact",
         "architectures": ["CogACTForActionPrediction"],
         "dino_config": _tower(run, "dino", shape, heads)
+        | _dino_width(*shape(f"{dino}.blocks.0.mlp.fc1.weight", 2))
         | {
-            "mlp_ratio": _whole_ratio(shape, f"{dino}.blocks.0.mlp.fc1.weight"),
             "num_register_tokens": shape(f"{dino}.reg_token", 3)[1],
         },
         "siglip_config": _tower(run, "siglip", shape, heads)
@@ -452,11 +464,11 @@ def _num_heads(run: Path, part: str, width: int, given: dict[str, int]) -> int:
     return heads
 
 
-def _whole_ratio(shape: _ShapeReader, name: str) -> int:
-    rows, columns = shape(name, 2)
-    if rows % columns:
-        raise EvlaError(f"{name} is {rows} x {columns}; the MLP of a DINOv2 block is a whole multiple of its width.")
-    return rows // columns
+def _dino_width(intermediate_size: int, hidden_size: int) -> dict[str, int]:
+    """As transformers says it where that is a whole ratio, as in every published model; else as it is."""
+    if intermediate_size % hidden_size == 0:
+        return {"mlp_ratio": intermediate_size // hidden_size}
+    return {"intermediate_size": intermediate_size}
 
 
 # Writing
@@ -470,13 +482,15 @@ def _write_native(
     others = source.reader.others
     paths = native_paths(tensors) | {name: source.reader.paths[name] for name in others}
     sha256 = write_torch(dest / "checkpoints" / file, tensors, paths, others, on_bytes)
-    write_llm_config(dest / "llm_config", prune_config(source.config, COGACT.config_path, plan)["text_config"])
+    config = prune_config(source.config, COGACT, plan)
+    write_llm_config(dest / "llm_config", config["text_config"])
     if source.tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
             if (source.tokenizer_dir / name).is_file():
                 copy_file(source.tokenizer_dir / name, dest / "llm_config" / name)
     width = source.config["action_config"]["hidden_size"]
-    write_text(dest / "LOADING.md", _LOADING.format(file=file, head=_HEAD_TYPES.get(width, "<its type>")))
+    loading = _LOADING.format(file=file, head=_HEAD_TYPES.get(width, "<its type>"))
+    write_text(dest / "LOADING.md", loading + (_loading_towers(config) if plan.vision else ""))
     copy_other_files(source.root, dest)
     return {f"checkpoints/{file}": sha256}
 
@@ -500,11 +514,33 @@ These lines make it take the pruned one (run them with this directory as the wor
 tokenizer's files); copy them there if the original checkpoint came without.
 """
 
+_TIMM = {"dino": "vit_large_patch14_reg4_dinov2.lvd142m", "siglip": "vit_so400m_patch14_siglip_224"}  # CogACT's towers
+_LOADING_TOWERS = """
+The vision towers were pruned, too. CogACT's own code makes them by their names in timm, at full size; these lines, run
+before the others, make it build them as they are here (it takes the features of the second-to-last block, as before):
+
+    import timm
+    create, sizes = timm.create_model, {sizes}
+    timm.create_model = lambda name, **given: create(name, **(given | sizes.get(name, {{}})))
+"""
+
+
+def _loading_towers(config: dict[str, Any]) -> str:
+    """What LOADING.md says where a tower has another size than timm's model; timm computes int(width * mlp_ratio)."""
+    built: Any = _build_config(config)
+    sizes = {}
+    for name, tower in (("dino", built.dino_config), ("siglip", built.siglip_config)):
+        ratio = tower.intermediate_size / tower.hidden_size
+        if int(tower.hidden_size * ratio) != tower.intermediate_size:
+            ratio = math.nextafter(ratio, math.inf)
+        sizes[_TIMM[name]] = {"pretrained": False, "depth": tower.num_hidden_layers, "mlp_ratio": ratio}
+    return _LOADING_TOWERS.format(sizes=sizes)
+
 
 # Model
 
 
-def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
+def _build_config(config: dict[str, Any]) -> "CogACTConfig":
     from evla_cli.models.cogact import CogACTConfig
 
     return CogACTConfig(**config)
@@ -516,16 +552,42 @@ def _build_model(config: Any) -> "PreTrainedModel":
     return CogACTForActionPrediction(config)
 
 
-def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> Tensor:
+def _inputs(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> "CogACTInputs":
     from evla_cli.models.processing import CogACTProcessor
 
-    inputs = CogACTProcessor(model.config, tokenizer_dir)([s.image for s in samples], [s.instruction for s in samples])
-    inputs = inputs.to(like)
+    processor = CogACTProcessor(model.config, tokenizer_dir)
+    return processor([sample.image for sample in samples], [sample.instruction for sample in samples]).to(like)
+
+
+def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> Tensor:
+    inputs = _inputs(model, samples, tokenizer_dir, like)
     mask = model.expand_mask(inputs.attention_mask, inputs.input_ids)
     model.language_model.model(
         inputs_embeds=model.embed_inputs(*inputs.arguments()), attention_mask=mask, use_cache=False
     )
     return mask
+
+
+def _see_dino(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> None:
+    model.dino_features(_inputs(model, samples, tokenizer_dir, like).dino_pixels)
+
+
+def _see_siglip(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> None:
+    model.siglip_features(_inputs(model, samples, tokenizer_dir, like).siglip_pixels)
+
+
+def _set_dino_width(config: dict[str, Any], intermediate_size: int) -> None:
+    config.pop("mlp_ratio", None)
+    config.pop("intermediate_size", None)
+    config |= _dino_width(intermediate_size, config["hidden_size"])
+
+
+def _modalities(config: dict[str, Any], real: Tensor) -> dict[str, Tensor]:
+    """The sequence is [BOS] [V visual tokens] [rest of the prompt], whose last token is the cognition token."""
+    positions = torch.arange(real.shape[1], device=real.device)
+    visual = (positions >= 1) & (positions <= _build_config(config).num_visual_tokens)
+    cognition = positions == real.long().cumsum(dim=1).argmax(dim=1, keepdim=True)  # (B, T)
+    return {"visual": real & visual, "text": real & ~visual & ~cognition, "cognition": real & cognition}
 
 
 COGACT = ModelFamily(
@@ -544,4 +606,27 @@ COGACT = ModelFamily(
     embed=_embed,
     sample_kind="image",
     action_head="action_head",
+    towers={
+        "dino": Tower(
+            blocks="dino.encoder.layer",
+            native_blocks=f"{_PARTS['dino']}.blocks",
+            config_path=("dino_config",),
+            scale="layer_scale2.lambda1",
+            num_prefix_tokens=lambda config: config.num_dino_prefix_tokens,
+            set_intermediate_size=_set_dino_width,
+            see=_see_dino,
+        ),
+        "siglip": Tower(
+            blocks="siglip.encoder.layers",
+            native_blocks=f"{_PARTS['siglip']}.blocks",
+            config_path=("siglip_config",),
+            scale=None,
+            num_prefix_tokens=lambda _config: 0,
+            set_intermediate_size=lambda config, width: operator.setitem(config, "intermediate_size", width),
+            see=_see_siglip,
+            idle=("siglip.head",),  # as in timm, the pooling head's MLP has the blocks' ratio
+            native_idle=(f"{_PARTS['siglip']}.attn_pool",),
+        ),
+    },
+    modalities=_modalities,
 )

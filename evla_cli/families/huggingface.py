@@ -13,7 +13,7 @@ from evla_cli.checkpoint.reader import open_huggingface_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.checkpoint.writer import write_huggingface_weights
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import Checkpoint, ModelFamily, find_tokenizer, prune_config
+from evla_cli.families.base import Checkpoint, ModelFamily, config_section, find_tokenizer, prune_config
 from evla_cli.plan import PrunePlan
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
@@ -58,11 +58,9 @@ def open_huggingface(
         on_bytes: Callable[[int], Any] | None = None,
     ) -> dict[str, str]:
         raw = read_json(directory / "config.json")
-        target = raw
-        for key in family.config_path:
-            target = target[key]
+        target = config_section(raw, family.config_path)
         target.update({key: values for key, values in (layer_lists or {}).items() if not target.get(key)})
-        write_json(dest / "config.json", prune_config(raw, family.config_path, plan))
+        write_json(dest / "config.json", prune_config(raw, family, plan))
         hashes = write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
         # The README of a bundle tells what is in it and how to run it: neither holds any longer.
         copy_other_files(directory, dest, leave_out={"README.md"} if source.layout == "bundle" else ())

@@ -4,7 +4,7 @@ Letters used here: B batch, T positions, D hidden size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ def position_similarity(inputs: Tensor, outputs: Tensor) -> Tensor:
 
 
 def sample_similarity(similarity: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the real positions of each sample: (B, T) and its mask -> (B,), float64."""
+    """Mean over the real positions of each sample: (B, T) and its mask, or how often each counts -> (B,), float64."""
     if mask is None:
         return similarity.double().mean(dim=1)
     real = mask.double()
@@ -35,17 +35,23 @@ def importance_and_error(similarities: Sequence[float]) -> tuple[float, float | 
     return 1.0 - mean, math.sqrt(variance / count)
 
 
-def run_layer(
-    layer: torch.nn.Module, hidden_states: Tensor, mask: Tensor | None, arguments: dict[str, Any]
-) -> tuple[list[float], Tensor]:
-    """One batch through one layer.
+def run_layer(layer: torch.nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """One batch through one layer: the similarity of input and output at every position (B, T), and the output.
 
     Args:
         hidden_states: (B, T, D).
-        mask: (B, T), 1 for real positions; None where none is padding.
         arguments: of the layer's forward, besides.
-
-    Returns: the similarity of input and output for every sample, and the output.
     """
     output = layer(hidden_states, **arguments)
-    return sample_similarity(position_similarity(hidden_states, output), mask).tolist(), output
+    return position_similarity(hidden_states, output), output
+
+
+def real_positions(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T), bool, on the hidden states' device."""
+    shape, device = hidden_states.shape[:2], hidden_states.device
+    return torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool().to(device)
+
+
+def position_weights(modalities: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """How often each position counts, (B, T), float64: by its kind, once where `weights` does not name that."""
+    return torch.stack([mask.double() * weights.get(kind, 1.0) for kind, mask in modalities.items()]).sum(dim=0)

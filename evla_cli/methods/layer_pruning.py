@@ -1,14 +1,14 @@
 """Which decoder layers go, and what the weights of the rest are called afterwards (EfficientVLA, arXiv 2506.10100)."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.errors import EvlaError
 from evla_cli.methods.mlp_pruning import slice_columns, slice_rows
-from evla_cli.plan import PrunePlan
+from evla_cli.plan import PrunePlan, StackPlan
 
 
 def choose_layers(
@@ -44,8 +44,30 @@ def choose_layers(
     return tuple(layer for layer in range(num_layers) if layer not in dropped)
 
 
-def prune_weights(tensors: LazyTensors, plan: PrunePlan, layer_prefix: str) -> LazyTensors:
-    """The weights that stay, under their new names, sliced when they are loaded; in the order of the source."""
+def prune_weights(
+    tensors: LazyTensors,
+    plan: PrunePlan,
+    layer_prefix: str,
+    tower_prefixes: Mapping[str, tuple[str, ...]] | None = None,
+) -> LazyTensors:
+    """The weights that stay, under their new names, sliced when they are loaded; in the order of the source.
+
+    Args:
+        tower_prefixes: vision tower -> prefix of its blocks' names and of other modules whose `mlp` is as wide, for
+            those that the plan prunes. The others never run, and keep what the last block does.
+    """
+    pruned = _prune_stack(tensors, plan, layer_prefix)
+    for tower, stack in plan.vision.items():
+        blocks, *others = (tower_prefixes or {})[tower]
+        pruned = _prune_stack(pruned, stack, blocks)
+        keep = None if stack.mlp_keep is None else stack.mlp_keep[-1]
+        for other in others:
+            for name in [name for name in pruned if name.startswith(f"{other}.mlp.")]:
+                pruned[name] = _prune_tensor(name, name.removeprefix(f"{other}."), pruned[name], keep)
+    return pruned
+
+
+def _prune_stack(tensors: LazyTensors, plan: StackPlan, layer_prefix: str) -> LazyTensors:
     pattern = re.compile(re.escape(layer_prefix) + r"\.(\d+)\.(.+)")
     position = {layer: number for number, layer in enumerate(plan.keep_layers)}
     pruned: LazyTensors = {}
@@ -64,14 +86,14 @@ def prune_weights(tensors: LazyTensors, plan: PrunePlan, layer_prefix: str) -> L
 
 
 def _prune_tensor(name: str, rest: str, lazy: LazyTensor, keep: tuple[int, ...] | None) -> LazyTensor:
-    """Rows of gate and up, columns of down; everything else as it is."""
+    """Rows of gate and up (a tower's fc1), columns of down (fc2); everything else as it is."""
     if keep is None or not rest.startswith("mlp."):
         return lazy
     channels = torch.tensor(keep)
-    if rest.startswith(("mlp.gate_proj.", "mlp.up_proj.")):
+    if rest.startswith(("mlp.gate_proj.", "mlp.up_proj.", "mlp.fc1.")):
         return lazy.map((len(keep), *lazy.shape[1:]), lambda tensor: slice_rows(tensor, channels))
-    if rest == "mlp.down_proj.weight":
+    if rest in ("mlp.down_proj.weight", "mlp.fc2.weight"):
         return lazy.map((lazy.shape[0], len(keep)), lambda tensor: slice_columns(tensor, channels))
-    if rest == "mlp.down_proj.bias":
+    if rest in ("mlp.down_proj.bias", "mlp.fc2.bias"):
         return lazy
     raise EvlaError(f"{name}: the width of this kind of MLP cannot be pruned; use --mlp-prune-ratio 0.")

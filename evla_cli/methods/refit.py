@@ -12,7 +12,8 @@ that least squares overfits small calibration sets. Hence lambda is what serves 
 all is one of the candidates.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,36 +21,104 @@ from torch import Tensor
 from evla_cli.methods.threads import single_threaded
 
 # Candidates for lambda, relative to the mean of the Gram matrix's diagonal; from "hardly any change" on down.
-RIDGES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
+_BLOCK = 512  # columns of the Gram matrix that are added up, factored and solved at a time
 
 
 class NormalEquations:
-    """H^T H (K, K) and H^T R (K, D), added up in float64 over batches of rows."""
+    """H^T H (K, K) and H^T R (K, D), added up in float64 over batches of rows.
+
+    One K x K matrix serves everything: what is on and above its blocks' diagonal are the sums, and what is below them
+    is where `solution` puts its factor. More rows may come after a solution.
+    """
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device | str = "cpu"):
         self.gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
         self.moment = torch.zeros(num_inputs, num_outputs, dtype=torch.float64, device=device)
+        starts = range(0, num_inputs, _BLOCK)
+        self._blocks = [slice(start, min(start + _BLOCK, num_inputs)) for start in starts]
 
     def add(self, inputs: Tensor, residual: Tensor, weights: Tensor | None = None) -> None:
         """Rows of H (N, K) and R (N, D), each counted by its weight (N)."""
         inputs, residual = inputs.double(), residual.double()
-        weighted = inputs if weights is None else inputs * weights.double().unsqueeze(1)
-        self.gram.addmm_(weighted.T, inputs)
-        self.moment.addmm_(weighted.T, residual)
+        if weights is not None:
+            residual = residual * weights.double().unsqueeze(1)
+        self.moment.addmm_(inputs.T, residual)
+        for rows in self._blocks:
+            part = inputs[:, rows]
+            if weights is not None:
+                part = part * weights.double().unsqueeze(1)
+            self.gram[rows, rows.start :].addmm_(part.T, inputs[:, rows.start :])
 
-    def solutions(self, ridges: Sequence[float] = RIDGES) -> Iterator[tuple[float, Tensor]]:
-        """The change of the weight (D, K), in float64, for each ridge (relative to the Gram matrix's mean diagonal).
+    def solution(self, ridge: float) -> Tensor | None:
+        """The change of the weight (D, K), in float64, for a ridge relative to the Gram matrix's mean diagonal; None
+        where it is too small for these equations to have one solution."""
+        corners = self._factor(ridge * float(self.gram.diagonal().mean()))
+        if corners is None:
+            return None
+        change = self.moment.clone()  # (K, D)
+        for rows, corner in zip(self._blocks, corners, strict=True):
+            change[rows].addmm_(self.gram[rows, : rows.start], change[: rows.start], alpha=-1)
+            change[rows] = _triangular(corner, change[rows], upper=False)
+        for rows, corner in zip(reversed(self._blocks), reversed(corners), strict=True):
+            change[rows].addmm_(self.gram[rows.stop :, rows].T, change[rows.stop :], alpha=-1)
+            change[rows] = _triangular(corner.T, change[rows], upper=True)
+        return change.T
 
-        A ridge too small for these equations to have one solution is left out.
-        """
-        scale = float(self.gram.diagonal().mean())
-        for ridge in ridges:
-            shifted = self.gram.clone()
-            shifted.diagonal().add_(ridge * scale)
+    def _factor(self, shift: float) -> list[Tensor] | None:
+        """Cholesky's factor of the Gram matrix plus `shift` on its diagonal: the blocks on its diagonal. Those below
+        stand in `gram`, which LAPACK's routine would need a second time."""
+        corners = []
+        for rows in self._blocks:
+            left, below = self.gram[rows, : rows.start], self.gram[rows.stop :, rows]
+            corner = self.gram[rows, rows].clone()
+            corner.diagonal().add_(shift)
+            corner.addmm_(left, left.T, alpha=-1)
             with single_threaded():  # LAPACK's factor depends on the number of threads; products do not
-                factor, failed = torch.linalg.cholesky_ex(shifted)
-            if scale > 0 and not int(failed):
-                yield ridge, torch.cholesky_solve(self.moment, factor).T
+                factor, failed = torch.linalg.cholesky_ex(corner)
+            if shift <= 0 or int(failed):
+                return None
+            below.copy_(self.gram[rows, rows.stop :].T)
+            below.addmm_(self.gram[rows.stop :, : rows.start], left.T, alpha=-1)
+            below.copy_(_triangular(factor, below.T, upper=False).T)
+            corners.append(factor)
+        return corners
+
+
+def _triangular(factor: Tensor, right: Tensor, upper: bool) -> Tensor:
+    with single_threaded():
+        return torch.linalg.solve_triangular(factor, right, upper=upper)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What became of a weight: the ridge and the weight (both None: it stays), and the error on held-out rows with the
+    weight as it was and as it is now."""
+
+    ridge: float | None
+    weight: Tensor | None
+    errors: tuple[float, float]
+
+
+def best_fit(
+    weight: Callable[[float], Tensor | None],
+    error: Callable[[Tensor | None], float],
+    ridges: Sequence[float] = RIDGES,
+) -> Fit:
+    """The weight of least `error` among no change and those of the ridges, from hardly any change on until more change
+    makes it worse; of equal ones the one that changes least."""
+    before = error(None)
+    best = Fit(None, None, (before, before))
+    for ridge in ridges:
+        candidate = weight(ridge)
+        if candidate is None:
+            break
+        left = error(candidate)
+        if left > best.errors[1]:
+            break
+        if left < best.errors[1]:
+            best = Fit(ridge, candidate, (before, left))
+    return best
 
 
 def squared_error(inputs: Tensor, residual: Tensor, change: Tensor | None, weights: Tensor | None = None) -> float:
@@ -57,8 +126,3 @@ def squared_error(inputs: Tensor, residual: Tensor, change: Tensor | None, weigh
     left = residual if change is None else residual - inputs @ change.T.to(inputs.dtype)
     squares = left.double().square().sum(dim=1)  # (N)
     return float(squares.sum() if weights is None else squares @ weights.double())
-
-
-def best_candidate(errors: Sequence[float]) -> int:
-    """The index of the least held-out error; of equal ones the first: list candidates from least change to most."""
-    return min(range(len(errors)), key=lambda index: (errors[index], index))

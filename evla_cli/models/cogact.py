@@ -31,6 +31,17 @@ from transformers import (
 from evla_cli.models.action_head import ActionHead, ActionHeadConfig
 
 
+class DinoConfig(Dinov2WithRegistersConfig):
+    """With MLPs of any width; without one, `mlp_ratio` times the tower's."""
+
+    intermediate_size: Any = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size * self.mlp_ratio
+        super().__post_init__(**kwargs)
+
+
 class CogACTConfig(PreTrainedConfig):
     """Nested configs of the four parts, and what un-normalises the actions.
 
@@ -43,7 +54,7 @@ class CogACTConfig(PreTrainedConfig):
 
     model_type = "cogact"
     sub_configs = {
-        "dino_config": Dinov2WithRegistersConfig,
+        "dino_config": DinoConfig,
         "siglip_config": SiglipVisionConfig,
         "text_config": LlamaConfig,
         "action_config": ActionHeadConfig,
@@ -70,6 +81,10 @@ class CogACTConfig(PreTrainedConfig):
     def num_visual_tokens(self) -> int:
         return (self.dino_config.image_size // self.dino_config.patch_size) ** 2
 
+    @property
+    def num_dino_prefix_tokens(self) -> int:
+        return 1 + self.dino_config.num_register_tokens
+
 
 class CogACTForActionPrediction(PreTrainedModel):
     config_class = CogACTConfig
@@ -83,6 +98,11 @@ class CogACTForActionPrediction(PreTrainedModel):
         vision_width = config.dino_config.hidden_size + config.siglip_config.hidden_size
         self.config: CogACTConfig
         self.dino = Dinov2WithRegistersModel(config.dino_config)
+        hidden_size, width = config.dino_config.hidden_size, config.dino_config.intermediate_size
+        if width != hidden_size * config.dino_config.mlp_ratio:  # transformers knows whole ratios alone
+            for block in self.dino.encoder.layer:
+                mlp: Any = block.mlp
+                mlp.fc1, mlp.fc2 = nn.Linear(hidden_size, width), nn.Linear(width, hidden_size)
         self.siglip = SiglipVisionModel(config.siglip_config)
         self.projector = Projector(vision_width, config.projector_hidden_size, config.text_config.hidden_size)
         self.language_model = LlamaForCausalLM(config.text_config)
@@ -118,13 +138,19 @@ class CogACTForActionPrediction(PreTrainedModel):
 
     def vision_features(self, dino_pixels: Tensor, siglip_pixels: Tensor) -> Tensor:
         """(B, V, D_dino + D_siglip). The last block of each tower and its final norm are never run."""
-        dino = self.dino.embeddings(dino_pixels)  # (B, 1 + registers + V, D_dino)
+        return torch.cat((self.dino_features(dino_pixels), self.siglip_features(siglip_pixels)), dim=2)
+
+    def dino_features(self, pixels: Tensor) -> Tensor:
+        hidden_states = self.dino.embeddings(pixels)  # (B, 1 + registers + V, D_dino)
         for block in self.dino.encoder.layer[:-1]:
-            dino = block(dino)
-        siglip = self.siglip.embeddings(siglip_pixels)  # (B, V, D_siglip)
+            hidden_states = block(hidden_states)
+        return hidden_states[:, self.config.num_dino_prefix_tokens :]
+
+    def siglip_features(self, pixels: Tensor) -> Tensor:
+        hidden_states = self.siglip.embeddings(pixels)  # (B, V, D_siglip)
         for block in self.siglip.encoder.layers[:-1]:
-            siglip = block(siglip, attention_mask=None)
-        return torch.cat((dino[:, 1 + self.config.dino_config.num_register_tokens :], siglip), dim=2)
+            hidden_states = block(hidden_states, attention_mask=None)
+        return hidden_states
 
     def expand_mask(self, attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
         """(B, T) -> (B, V + T): visual tokens are always real. None stays None."""

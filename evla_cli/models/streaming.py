@@ -9,11 +9,11 @@ float32, linear weights stored in half precision stay as they are and are widene
 `tiled_linear`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evla_cli.calibration import Sample
 from evla_cli.checkpoint.tensors import is_finite, load_finite
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import Checkpoint
+from evla_cli.families.base import Checkpoint, Tower
 from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.skeleton import assign_weights, checked_skeleton, drop_weights, move_buffers
 from evla_cli.models.tiled_linear import tile_linear
@@ -48,6 +48,8 @@ class DecoderStream:
     """The decoder of a checkpoint, one layer in memory at a time (and the next one being read).
 
     Args:
+        tower: stream the blocks of this vision tower instead, those that run.
+        watch: given the model, what to do while samples go through everything before the layers.
         memory_budget: bytes of hidden states and layer arguments held in the device's memory; those of further batches
             stand in a file, see `Scratch`. None: all in memory.
 
@@ -62,9 +64,11 @@ class DecoderStream:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         memory_budget: int | None = None,
+        tower: Tower | None = None,
+        watch: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ):
         self.device = device
-        self._checkpoint, self._dtype = checkpoint, dtype
+        self.checkpoint, self._dtype = checkpoint, dtype
         self._upload = Upload(device)
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         move_buffers(self._model, device)
@@ -77,40 +81,56 @@ class DecoderStream:
                 stored = weight.dtype if dtype == torch.float32 else dtype
                 if tile_linear(module, stored, dtype, device):
                     self._dtypes[f"{name}.weight"] = stored
-        decoder: Any = self._model.get_submodule(checkpoint.family.decoder)
-        self._layers = list(decoder.layers)
+        family = checkpoint.family
+        self._prefix = family.decoder_layers if tower is None else tower.blocks
+        self._embed, self._watch = (family.embed if tower is None else tower.see), watch
+        blocks = list(cast(nn.ModuleList, self._model.get_submodule(self._prefix)))
+        self._layers, self._idle = (blocks, []) if tower is None else (blocks[:-1], blocks[-1:])
         scratch = None if memory_budget is None else Scratch(memory_budget)
         self.batches: list[Batch] = []
         for start in range(0, len(samples), batch_size):
-            batch = self._record(decoder, list(samples[start : start + batch_size]))
+            batch = self._record(list(samples[start : start + batch_size]))
             self.batches.append(batch if scratch is None else replace(batch, **scratch.hold(vars(batch))))
         for module in self._model.children():
             drop_weights(module)
 
+    @property
+    def config(self) -> Any:
+        return self._model.config
+
     def __len__(self) -> int:
         return len(self._layers)
 
-    def layers(self) -> Iterator[nn.Module]:
-        """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there."""
+    def layers(self, indices: Sequence[int] | None = None, again: bool = False) -> Iterator[nn.Module]:
+        """Each layer in turn with its weights loaded. The caller runs it over every batch and puts its output there.
+
+        Args:
+            indices: the layers to run, ascending; None: all.
+            again: keep what the layers are called with, for another pass. The caller puts hidden states back.
+        """
+        order = range(len(self._layers)) if indices is None else indices
         if not self.batches:  # nothing is to be read for
-            yield from self._layers
+            yield from (self._layers[index] for index in order)
             return
         with ThreadPoolExecutor(1, "evla-next-layer") as reader:
-            following = reader.submit(self._read_layer, 0)
-            for index, layer in enumerate(self._layers):
-                weights, complete = following.result()
+            following = [reader.submit(self._read_layer, index) for index in order[:1]]
+            for place, index in enumerate(order):
+                layer = self._layers[index]
+                weights, complete = following.pop().result()
                 self._upload.wait(complete, weights.values())
                 assign_weights(layer, weights)
-                if index + 1 < len(self._layers):
-                    following = reader.submit(self._read_layer, index + 1)
+                following = [reader.submit(self._read_layer, index) for index in order[place + 1 : place + 2]]
                 yield layer
                 for batch in self.batches:
-                    if not is_finite(batch.hidden_states):
-                        raise EvlaError(
-                            f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32."
-                        )
-                    batch.arguments[index] = {}  # the last reference to what only this layer needed
+                    self.check_finite(index, batch.hidden_states)
+                    if not again:
+                        batch.arguments[index] = {}  # the last reference to what only this layer needed
                 drop_weights(layer)
+
+    def check_finite(self, index: int, hidden_states: Tensor) -> None:
+        """Errors: what layer `index` gave is not all numbers."""
+        if not is_finite(hidden_states):
+            raise EvlaError(f"Layer {index} gives NaN or infinite hidden states in {self._dtype}; try --dtype float32.")
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A batch's hidden states and mask, for those that stand in a file, too."""
@@ -129,7 +149,7 @@ class DecoderStream:
         return part
 
     def _read_layer(self, index: int) -> _Read:
-        return self._read(self._layers[index], f"{self._checkpoint.family.decoder_layers}.{index}.")
+        return self._read(self._layers[index], f"{self._prefix}.{index}.")
 
     def _read(self, module: nn.Module, prefix: str) -> _Read:
         """A module's weights on the device, and what to wait for before they are used. Can be done by a thread."""
@@ -137,20 +157,22 @@ class DecoderStream:
         return weights, self._upload.done()
 
     def _read_weight(self, name: str) -> Tensor:
-        lazy = self._checkpoint.weights[name]
+        lazy = self.checkpoint.weights[name]
         return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
 
-    def _record(self, decoder: Any, samples: list[Sample]) -> Batch:
-        """One batch through everything before the decoder, and the arguments of every layer."""
+    def _record(self, samples: list[Sample]) -> Batch:
+        """One batch through everything before the layers, and the arguments of every layer."""
+        owner_name, _, attribute = self._prefix.rpartition(".")
+        owner = self._model.get_submodule(owner_name)
         recorders = [_Recorder() for _ in self._layers]
-        decoder.layers = nn.ModuleList(recorders)
-        assert self._checkpoint.tokenizer_dir is not None
+        setattr(owner, attribute, nn.ModuleList([*recorders, *self._idle]))
+        assert self.checkpoint.tokenizer_dir is not None
         like = torch.empty(0, device=self.device, dtype=self._dtype)
         try:
-            with self._loading_on_first_use(), torch.inference_mode():
-                mask = self._checkpoint.family.embed(self._model, samples, self._checkpoint.tokenizer_dir, like)
+            with self._loading_on_first_use(), self._watch(self._model), torch.inference_mode():
+                mask = self._embed(self._model, samples, self.checkpoint.tokenizer_dir, like)
         finally:
-            decoder.layers = nn.ModuleList(self._layers)
+            setattr(owner, attribute, nn.ModuleList([*self._layers, *self._idle]))
         calls = [recorder.call for recorder in recorders]
         return Batch(calls[0][0], mask, [arguments for _, arguments in calls])
 
