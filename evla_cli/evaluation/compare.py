@@ -58,7 +58,10 @@ def compare(
     Errors: the two cannot be compared (other action chunks, widths or statistics), or one of them cannot act.
     """
     check_device(device)
-    a, b = open_candidates([first, second])
+    candidates = open_candidates([first, second])
+    if len(candidates) != 2:
+        raise EvlaError(f"{first} and {second} name {len(candidates)} candidates; evla compare takes two.")
+    a, b = candidates
     key = common_unnorm_key(a, b, unnorm_key)
     _check_comparable(a, b, key)
     samples = load_samples(data, "image", num_samples)
