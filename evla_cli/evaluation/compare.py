@@ -63,7 +63,7 @@ def compare(
         raise EvlaError(f"{first} and {second} name {len(candidates)} candidates; evla compare takes two.")
     a, b = candidates
     key = common_unnorm_key(a, b, unnorm_key)
-    _check_comparable(a, b, key)
+    check_comparable(a, b, key)
     samples = load_samples(data, "image", num_samples)
     plan, note = shared_plan(a, b)
     found: dict[str, Predictions] = {}
@@ -185,12 +185,12 @@ def shared_plan(a: Candidate, b: Candidate) -> tuple[PrunePlan | None, str | Non
     if sizes[0] != (plan.num_layers, plan.intermediate_size):
         same = (a.checkpoint.root / PLAN).is_file() and PrunePlan.load(a.checkpoint.root / PLAN) == plan
         return None, None if same else f"{path} is not of {a.label}, whose size is another: {unknown}"
-    if plan.checkpoint_sha256 not in _hashes(a.checkpoint):
+    if plan.checkpoint_sha256 not in source_hashes(a.checkpoint):
         return None, f"{path} is of another checkpoint than {a.label} (its hash differs): {unknown}"
     return plan, None
 
 
-def _hashes(checkpoint: Checkpoint) -> list[str]:
+def source_hashes(checkpoint: Checkpoint) -> list[str]:
     """Of its weights, and of those that an unpruned bundle was exported from."""
     if checkpoint.layout == "bundle":
         unpruned_sha256 = open_manifest(checkpoint.root).unpruned_sha256
@@ -231,7 +231,7 @@ def common_unnorm_key(a: Candidate, b: Candidate, key: str | None) -> str:
     return key or shared[0]
 
 
-def _check_comparable(a: Candidate, b: Candidate, key: str) -> None:
+def check_comparable(a: Candidate, b: Candidate, key: str) -> None:
     ours, theirs = a.config, b.config
     for what, x, y in (
         ("action dimensions", ours.action_config.action_dim, theirs.action_config.action_dim),
