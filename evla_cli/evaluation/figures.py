@@ -143,7 +143,7 @@ def similarity_curve(axes: Any, result: LayerImportance) -> None:
 def denoise_heatmaps(similarity: dict[str, list[list[float]]]) -> Any:
     """Module -> cosine, blocks x pairs of steps. The lighter, the more alike."""
     low = min(min(row) for rows in similarity.values() for row in rows)
-    figure, all_axes = new_figure(11, 4.5, nrows=1, ncols=len(similarity), sharey=True)
+    figure, all_axes = new_figure(9.5, 4, nrows=1, ncols=len(similarity), sharey=True)
     for axes, (kind, rows) in zip(all_axes, similarity.items(), strict=True):
         image = axes.imshow(rows, aspect="auto", origin="lower", vmin=low, vmax=1.0, cmap="cividis")
         axes.set(title=f"{kind} output", xlabel="denoising step and the next")

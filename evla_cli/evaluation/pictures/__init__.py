@@ -13,7 +13,7 @@ from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, library_versions, wri
 from evla_cli.checkpoint.files import read_json, read_yaml, sha256_file, write_json, write_text
 from evla_cli.checkpoint.outputs import check_apart, new_directory
 from evla_cli.checkpoint.tensors import total_elements
-from evla_cli.evaluation.candidates import Candidate
+from evla_cli.evaluation.candidates import Candidate, neutral
 from evla_cli.evaluation.figures import check_matplotlib, save_picture
 from evla_cli.evaluation.flops import count_flops
 from evla_cli.evaluation.pictures.base import Missing, Picture, Section, Table, number
@@ -67,7 +67,8 @@ def report_table(sections: list[Section], output: Path) -> str:
     lines = []
     for section in sections:
         if isinstance(section, Missing):
-            lines.append(f"{section.name:16} not drawn. {section.why} What makes it:\n{'':17}{section.command}")
+            lines.append(f"{section.name:16} not drawn. {section.why} What makes it:")
+            lines += [f"{'':17}{command}" for command in section.commands]
         else:
             lines.append(f"{section.name:16} {output / section.name}.png")
     return "\n".join([*lines, f"{'page':16} {output / PAGE}"])
@@ -85,16 +86,13 @@ def _page(inputs: Inputs, sections: list[Section], pngs: dict[str, bytes]) -> st
 
 def _summary(inputs: Inputs) -> Table | None:
     """The bundle, beside the dense model if it was named."""
-    shown = [(name, each) for name, each in (("dense", inputs.dense), ("bundle", inputs.bundle)) if each is not None]
     if inputs.bundle is None:
         return None
-    columns = [_facts(candidate) for _, candidate in shown]
+    shown = [candidate for candidate in (inputs.dense, inputs.bundle) if candidate is not None]
+    columns = [_facts(candidate) for candidate in shown]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    return Table(
-        "Operations: of one prediction, in the paper's convention (linear layers alone).",
-        ["", *(f"{name} ({candidate.label})" for name, candidate in shown)],
-        rows,
-    )
+    caption = "Operations: of one prediction, in the paper's convention (linear layers alone)."
+    return Table(caption, ["", *(str(candidate.path) for candidate in shown)], rows)
 
 
 def _facts(candidate: Candidate) -> dict[str, str]:
@@ -107,9 +105,10 @@ def _facts(candidate: Candidate) -> dict[str, str]:
         "weights on disk": f"{checkpoint.reader.bytes_on_disk / 1e6:,.2f} MB",
         "decoder layers": str(checkpoint.num_layers),
         "MLP width": str(checkpoint.intermediate_size),
-        "visual tokens kept": f"{kept} of {num_visual} ({tokens.method})",
+        "visual tokens kept": f"{kept} of {num_visual}"
+        + (f" ({tokens.method})" if settings != neutral(settings) else ""),
         "denoising steps": str(settings.diffusion.num_denoise_steps),
-        "action head computed every": f"{cache.interval} steps",
+        "action head computed": "every step" if cache.interval == 1 else f"every {cache.interval} steps",
         "operations": f"{number(flops.total / 1e9)} GFLOPs",
     }
 
@@ -117,13 +116,15 @@ def _facts(candidate: Candidate) -> dict[str, str]:
 def _provenance(inputs: Inputs) -> list[Table]:
     request = inputs.request
     versions = {"evla": __version__, **library_versions()}
-    read: list[list[str]] = [[name, version] for name, version in versions.items()]
+    read: list[list[str]] = []
     if inputs.importance is not None and inputs.importance[1] is not None:
         read.append([str(inputs.importance[1]), sha256_file(inputs.importance[1])])
     if inputs.samples:
         read.append([str(request.samples), samples_sha256(inputs.samples)])
     read += [[str(path), sha256_file(path)] for path in (request.bench, request.results) if path is not None]
-    tables = [Table("Versions, and SHA-256 of what was read (of samples: of all their contents)", ["", ""], read)]
+    tables = [Table("Versions", ["", ""], [[name, version] for name, version in versions.items()])]
+    if read:
+        tables.append(Table("SHA-256 of what was read; of samples, of their contents", ["", ""], read))
     if inputs.bundle is not None:
         root = inputs.bundle.checkpoint.root
         manifest = {name: value for name, value in read_json(root / MANIFEST).items() if name != "files"}

@@ -34,15 +34,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class Missing:
-    """A picture that could not be drawn, why, and the command after which it can."""
+    """A picture that could not be drawn, why, and the commands after which it can."""
 
     name: str
     title: str
     why: str
-    command: str
+    commands: Sequence[str]
 
 
 Section = Picture | Missing
+
+
+def where(environment: dict[str, Any]) -> str:
+    """What something was timed on, as `evla bench` describes it."""
+    return f"{environment['device']} ({environment['device_name']}, {environment['threads']} threads)"
 
 
 def number(value: float, digits: int = 4) -> str:

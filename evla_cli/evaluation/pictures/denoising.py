@@ -19,7 +19,7 @@ def denoising(inputs: Inputs, measured: Measured) -> Section:
         facts, name, count = measured.step_similarity
         source = f"Measured now: {name}, the first {count} samples of {inputs.request.samples}"
     else:
-        return Missing(NAME, TITLE, "Nothing to measure on was named.", inputs.again("--samples SAMPLES"))
+        return Missing(NAME, TITLE, "Nothing to measure on was named.", [inputs.again("--samples SAMPLES")])
     similarity = _checked(facts, source)
     numbers = {"num_denoise_steps": facts["num_denoise_steps"], "seed": facts["seed"], "step_similarity": similarity}
     each = [
@@ -37,8 +37,8 @@ def denoising(inputs: Inputs, measured: Measured) -> Section:
             "close to 1, a cached output is a good one.",
             f"{source}; {facts['num_denoise_steps']} DDIM steps, noise of seed {facts['seed']}.",
         ],
-        f"Two heat maps, blocks by pairs of steps. Cosines lie between {low:.3f} ({kind} of block {block}, steps {step} "
-        f"and {step + 1}) and {max(each)[0]:.3f}.",
+        f"Two heat maps, blocks by pairs of steps. Cosines lie between {low:.3f} ({kind} of block {block}, steps "
+        f"{step} and {step + 1}) and {max(each)[0]:.3f}.",
         numbers,
         [
             Table(

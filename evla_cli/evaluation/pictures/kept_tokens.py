@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evla_cli.evaluation.figures import BLUE, GREEN, PURPLE, VERMILLION, YELLOW, new_figure, plain
+from evla_cli.evaluation.figures import GREEN, PURPLE, SKY, VERMILLION, YELLOW, new_figure, plain
 from evla_cli.evaluation.pictures.base import Missing, Picture, Section, Table
 from evla_cli.evaluation.pictures.inputs import Inputs
 from evla_cli.evaluation.pictures.measured import Measured
@@ -14,7 +14,7 @@ from evla_cli.evaluation.pictures.measured import Measured
 NAME, TITLE = "kept_tokens", "Visual tokens kept, and why"
 _MARKS = {  # reason -> colour and marker
     "key": (VERMILLION, "o"),
-    "task": (BLUE, "s"),
+    "task": (SKY, "s"),
     "diverse": (YELLOW, "^"),
     "attended": (GREEN, "D"),
     "random": (PURPLE, "v"),
@@ -32,16 +32,16 @@ _COLUMNS = 3
 def kept_tokens(inputs: Inputs, measured: Measured) -> Section:
     bundle = inputs.bundle
     if bundle is None:
-        return Missing(NAME, TITLE, f"{inputs.request.directory} has no bundle.", inputs.make_bundle())
+        return Missing(NAME, TITLE, f"{inputs.request.directory} has no bundle.", [inputs.make_bundle()])
     tokens, num_visual = bundle.settings.visual_tokens, bundle.config.num_visual_tokens
     if tokens.method == "vla_cache":
         why = "The bundle drops no tokens: which ones it takes over (vla_cache) depends on the frame before."
-        return Missing(NAME, TITLE, why, "evla export CHECKPOINT BUNDLE --num-visual-tokens N")
+        return Missing(NAME, TITLE, why, ["evla export CHECKPOINT BUNDLE --num-visual-tokens N"])
     if tokens.num_keep is None or tokens.num_keep == num_visual:
         why = f"The bundle keeps all of its {num_visual} visual tokens."
-        return Missing(NAME, TITLE, why, "evla export CHECKPOINT BUNDLE --num-visual-tokens N")
+        return Missing(NAME, TITLE, why, ["evla export CHECKPOINT BUNDLE --num-visual-tokens N"])
     if not inputs.chosen:
-        return Missing(NAME, TITLE, "No camera images were named.", inputs.again("--samples SAMPLES"))
+        return Missing(NAME, TITLE, "No camera images were named.", [inputs.again("--samples SAMPLES")])
     side = math.isqrt(num_visual)
     shown: list[dict[str, Any]] = []
     for index in inputs.chosen:
@@ -55,8 +55,8 @@ def kept_tokens(inputs: Inputs, measured: Measured) -> Section:
         NAME,
         TITLE,
         [
-            f"{tokens.num_keep} of {num_visual} tokens stay from layer {tokens.prune_layer} on ({counts}); the patches of "
-            "the others are dimmed. " + "; ".join(_WHY[reason] for reason in reasons) + ".",
+            f"{tokens.num_keep} of {num_visual} tokens stay from layer {tokens.prune_layer} on ({counts}); the patches "
+            "of the others are dimmed. " + "; ".join(_WHY[reason] for reason in reasons) + ".",
             f"Samples are counted from 0 in {inputs.request.samples}; patches row by row from the upper left one, 0 to "
             f"{num_visual - 1}.",
         ],
@@ -84,17 +84,21 @@ def kept_tokens(inputs: Inputs, measured: Measured) -> Section:
 
 
 def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
     columns = min(_COLUMNS, len(shown))
     num_rows = -(-len(shown) // columns)
     images = [inputs.samples[each["sample"]].image for each in shown]
     tallest = max(image.height / image.width for image in images)
     width = 3.2 if columns > 1 else 4.5
-    height = (width * tallest + 0.7) * num_rows + 0.5
+    titles = [textwrap.wrap(f"{each['sample']}: {each['instruction']}", 36, max_lines=2) for each in shown]
+    height = (width * tallest + 0.15 + 0.2 * max(map(len, titles))) * num_rows + 0.4
     # Not narrower than the legend.
     figure, all_axes = new_figure(max(5.0, width * columns), height, nrows=num_rows, ncols=columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()
-    for axes, each, image in zip(all_axes.flat, shown, images, strict=False):
+    for axes, each, image, title in zip(all_axes.flat, shown, images, titles, strict=False):
         # The towers see the image squeezed to a square: a patch has the image's own shape.
         height, width = image.height / side, image.width / side
         axes.imshow(np.asarray(image), extent=(0, image.width, image.height, 0), interpolation="nearest")
@@ -112,12 +116,16 @@ def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
                 s=(0.38 * 72 * 3 / side) ** 2,
                 color=colour,
                 marker=marker,
-                edgecolors="white",
+                edgecolors="black",
                 linewidths=0.9,
                 label=reason,
             )
-        title = textwrap.fill(f"{each['sample']}: {each['instruction']}", 36, max_lines=2)
-        axes.set_title(plain(title), fontsize=10)
+            for row, place in zip(rows, places, strict=True):
+                corner = (place * width, row * height)
+                outline = Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.5)
+                outline.set_path_effects([withStroke(linewidth=3, foreground="black")])  # seen on any image
+                axes.add_patch(outline)
+        axes.set_title(plain("\n".join(title)), fontsize=10)
         axes.set_xlim(0, image.width)
         axes.set_ylim(image.height, 0)
         axes.set_aspect("equal")
@@ -125,5 +133,4 @@ def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     for handle in legend.legend_handles:
         handle.set_sizes([60])
-        handle.set_edgecolor("black")
     return figure

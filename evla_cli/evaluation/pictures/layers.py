@@ -13,7 +13,7 @@ NAME, TITLE = "layers", "Decoder layers: importance and similarity"
 def layers(inputs: Inputs) -> Section:
     if inputs.importance is None:
         why = f"{inputs.request.directory} has no {IMPORTANCE}, and the bundle no plan with scores."
-        return Missing(NAME, TITLE, why, inputs.analyze())
+        return Missing(NAME, TITLE, why, [inputs.analyze()])
     result, file = inputs.importance
     plan = inputs.plan
     removed = plan.dropped_layers if plan is not None and plan.checkpoint_sha256 == result.checkpoint_sha256 else ()
@@ -31,8 +31,8 @@ def layers(inputs: Inputs) -> Section:
         NAME,
         TITLE,
         [
-            "Importance is 1 minus the mean cosine of a layer's input and output: a layer that changes nothing scores 0 "
-            "and goes first. Lines on the bars: standard error over samples. Hatched: removed.",
+            "Importance is 1 minus the mean cosine of a layer's input and output: a layer that changes nothing scores "
+            "0 and goes first. Lines on the bars: standard error over samples. Hatched: removed.",
             f"{source}: {result.num_samples} samples, computed in {result.dtype}.",
         ],
         alt,

@@ -1,6 +1,7 @@
 """One HTML page that needs nothing but itself: no network, no script, every picture inside."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -83,13 +84,14 @@ def _picture(picture: Picture, png: bytes) -> list[str]:
 def _missing(missing: Missing) -> list[str]:
     return [
         f'<p class="missing">Not drawn. {escape(missing.why)} What makes it:</p>',
-        f"<pre>{escape(missing.command)}</pre>",
+        f"<pre>{escape(chr(10).join(missing.commands))}</pre>",
     ]
 
 
 def _table(table: Table) -> str:
-    """Columns of words to the left, of numbers to the right."""
-    words = [any(_is_text(row[column]) for row in table.rows) for column in range(len(table.header))]
+    """Columns of words to the left, those that are mostly numbers to the right."""
+    columns = [[row[column] for row in table.rows] for column in range(len(table.header))]
+    words = [2 * sum(map(_is_number, cells)) < sum(map(bool, cells)) for cells in columns]
 
     def cells(kind: str, row: Sequence[str]) -> str:
         each = zip(row, words, strict=True)
@@ -104,5 +106,6 @@ def _table(table: Table) -> str:
 _TEXT = {True: ' class="text"', False: ""}
 
 
-def _is_text(cell: str) -> bool:
-    return bool(cell) and not any(letter.isdigit() for letter in cell.split(" ")[0])
+def _is_number(cell: str) -> bool:
+    """With a unit or an interval, perhaps."""
+    return re.fullmatch(r"[-+]?\d[\d,.]*(%| [A-Za-z]+|/\d+)?( \[[^\]]*\])?", cell) is not None

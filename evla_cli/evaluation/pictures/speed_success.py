@@ -32,8 +32,8 @@ def speed_success(inputs: Inputs) -> Section:
         both = [
             text for text, there in (("a report of evla bench", bench), ("a log of evla eval", log)) if there is None
         ]
-        command = inputs.run_eval() if log is None else inputs.run_bench()
-        return Missing(NAME, TITLE, f"Not named: {' and '.join(both)}.", command)
+        commands = [inputs.run_bench()] * (bench is None) + [inputs.run_eval()] * (log is None)
+        return Missing(NAME, TITLE, f"Not named: {' and '.join(both)}.", commands)
     assert log.header is not None
     rows, left_out = matched(bench, log)
     if not rows:
@@ -44,8 +44,8 @@ def speed_success(inputs: Inputs) -> Section:
     protocol, header = bench["protocol"], log.header
     counts = " to ".join(map(str, sorted({min(row["episodes"] for row in rows), max(row["episodes"] for row in rows)})))
     caption = [
-        f"Across: how many times as fast as {rows[0]['reference']} a prediction is (median of the ratios within each round). "
-        "Upwards: success over all episodes. Lines: 95 % intervals (bootstrap over rounds; Wilson).",
+        f"Across: how many times as fast as {rows[0]['reference']} a prediction is (median of the ratios within each "
+        "round). Upwards: success over all episodes. Lines: 95 % intervals (bootstrap over rounds; Wilson).",
         f"Time from {inputs.request.bench}: batch {protocol['batch_size']}, {protocol['dtype'] or 'as stored'}. "
         f"Success from {inputs.request.results}: {header['suite']}, {header['dtype']}, "
         f"{counts} episodes a row.",
@@ -135,7 +135,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _draw(rows: list[dict[str, Any]]) -> Any:
-    figure, axes = new_figure(10, 5.2)
+    figure, axes = new_figure(9.5, 4.8)
     for place, row in enumerate(rows):
         speedup, rate, (low, high) = row["speedup"], 100 * row["rate"], row["interval"]
         across = None

@@ -2,7 +2,7 @@
 
 from evla_cli.evaluation.figures import latency_bars
 from evla_cli.evaluation.latency import STAGES, WHOLE
-from evla_cli.evaluation.pictures.base import Missing, Picture, Section, Table
+from evla_cli.evaluation.pictures.base import Missing, Picture, Section, Table, where
 from evla_cli.evaluation.pictures.inputs import Inputs
 
 NAME, TITLE = "stage_times", "Time per stage"
@@ -11,13 +11,13 @@ NAME, TITLE = "stage_times", "Time per stage"
 def stage_times(inputs: Inputs) -> Section:
     record = inputs.bench
     if record is None:
-        return Missing(NAME, TITLE, "No report of evla bench was named.", inputs.run_bench())
+        return Missing(NAME, TITLE, "No report of evla bench was named.", [inputs.run_bench()])
     rows, environment, protocol = record["rows"], record["environment"], record["protocol"]
     medians = [{stage: row["latency_ms"][stage]["median"] for stage in (*STAGES, WHOLE)} for row in rows]
     fastest = min(range(len(rows)), key=lambda index: medians[index][WHOLE])
     caption = [
-        f"Medians of {protocol['runs']} interleaved runs, batch {protocol['batch_size']}, {protocol['dtype'] or 'as stored'}, "
-        f"{environment['device']} ({environment['device_name']}, {environment['threads']} threads).",
+        f"Medians of {protocol['runs']} interleaved runs, batch {protocol['batch_size']}, "
+        f"{protocol['dtype'] or 'dtype as stored'}, {where(environment)}.",
         f"From {inputs.request.bench}.",
     ]
     if any(row["settings"]["visual_tokens"]["method"] == "vla_cache" for row in rows):

@@ -7,7 +7,7 @@ import numpy as np
 from evla_cli.evaluation.figures import BLACK, BLUE, VERMILLION, new_figure, without_frame
 from evla_cli.evaluation.flops import PAPER_PROMPT_TOKENS, count_flops
 from evla_cli.evaluation.latency import STAGES, WHOLE, Latency
-from evla_cli.evaluation.pictures.base import Missing, Picture, Section, Table, number
+from evla_cli.evaluation.pictures.base import Missing, Picture, Section, Table, number, where
 from evla_cli.evaluation.pictures.inputs import Inputs
 from evla_cli.evaluation.pictures.measured import WARMUP, Measured, sweep_settings
 from evla_cli.models.skeleton import build_skeleton
@@ -19,14 +19,14 @@ _SHOWN = ("language_model", WHOLE)
 def token_cost(inputs: Inputs, measured: Measured) -> Section:
     bundle = inputs.bundle
     if bundle is None:
-        return Missing(NAME, TITLE, f"{inputs.request.directory} has no bundle.", inputs.make_bundle())
+        return Missing(NAME, TITLE, f"{inputs.request.directory} has no bundle.", [inputs.make_bundle()])
     settings = sweep_settings(bundle)
     own = bundle.settings.visual_tokens
     if not settings:
         why = (
             f"Tokens would leave before layer {own.prune_layer}, the decoder has {bundle.checkpoint.num_layers} layers."
         )
-        return Missing(NAME, TITLE, why, "evla export CHECKPOINT BUNDLE --prune-layer 1")
+        return Missing(NAME, TITLE, why, ["evla export CHECKPOINT BUNDLE --prune-layer 1"])
     tokens = next(iter(settings.values())).visual_tokens
     model = build_skeleton(bundle.checkpoint.family, bundle.checkpoint.config)
     rows = []
@@ -49,22 +49,17 @@ def token_cost(inputs: Inputs, measured: Measured) -> Section:
         f"Tokens leave before layer {tokens.prune_layer} of {bundle.checkpoint.num_layers}, chosen by {tokens.method}; "
         f"everything else as in the bundle. It keeps {kept} of {num_visual}"
         + (f", by {own.method}." if own.method != tokens.method else "."),
-        f"Operations: of one prediction in the paper's convention (linear layers alone, {PAPER_PROMPT_TOKENS} prompt tokens), "
-        "computed from the config.",
+        f"Operations: of one prediction in the paper's convention (linear layers alone, {PAPER_PROMPT_TOKENS} prompt "
+        "tokens), computed from the config.",
     ]
     environment = measured.environment
     if environment is None:
         caption.append("Time was not measured (--runs 0).")
     else:
-        numbers["protocol"] = {
-            "runs": inputs.request.runs,
-            "warmup": WARMUP,
-            "batch_size": 1,
-            "environment": environment,
-        }
+        numbers["protocol"] = {"runs": inputs.request.runs, "warmup": WARMUP, "batch_size": 1} | environment
         caption.append(
-            f"Time: median of {inputs.request.runs} interleaved runs, lines: quartiles; batch 1, {environment['dtype']}, "
-            f"{environment['device']} ({environment['device_name']}, {environment['threads']} threads)."
+            f"Time: median of {inputs.request.runs} interleaved runs, lines: quartiles; batch 1, "
+            f"{environment['dtype']}, {where(environment)}."
         )
     return Picture(NAME, TITLE, caption, _alt(rows), numbers, [_table(rows)], lambda: _draw(numbers))
 
@@ -76,8 +71,8 @@ def _quartiles(latency: Latency, stage: str) -> dict[str, float]:
 
 def _alt(rows: list[dict[str, Any]]) -> str:
     few, most = rows[0], rows[-1]
-    text = f"Lines over {len(rows)} numbers of kept tokens: from {most['num_keep']} to {few['num_keep']} tokens, operations "
-    text += f"fall to {few['flops']['total'] / most['flops']['total']:.0%}"
+    text = f"Lines over {len(rows)} numbers of kept tokens: from {most['num_keep']} to {few['num_keep']} tokens, "
+    text += f"operations fall to {few['flops']['total'] / most['flops']['total']:.0%}"
     if "latency_ms" in few:
         text += f", time to {few['latency_ms'][WHOLE]['median'] / most['latency_ms'][WHOLE]['median']:.0%}"
     return text + "."
@@ -86,7 +81,7 @@ def _alt(rows: list[dict[str, Any]]) -> str:
 def _table(rows: list[dict[str, Any]]) -> Table:
     unit, name = _unit(rows)
     most = rows[-1]["flops"]["total"]
-    header = ["tokens", f"{name}, language model", f"{name}, total", "of all tokens"]
+    header = ["tokens", f"{name}, language model", f"{name}, total", "against all"]
     timed = "latency_ms" in rows[0]
     if timed:
         header += ["ms, language model", "ms, whole [quartiles]"]
@@ -111,7 +106,7 @@ def _unit(rows: list[dict[str, Any]]) -> tuple[float, str]:
 def _draw(numbers: dict[str, Any]) -> Any:
     rows = numbers["rows"]
     timed = "latency_ms" in rows[0]
-    figure, all_axes = new_figure(10 if timed else 6, 4, ncols=2 if timed else 1, squeeze=False)
+    figure, all_axes = new_figure(9.5 if timed else 6, 3.8, ncols=2 if timed else 1, squeeze=False)
     counts = [row["num_keep"] for row in rows]
     unit, name = _unit(rows)
     flops, *times = all_axes[0]
@@ -132,7 +127,7 @@ def _draw(numbers: dict[str, Any]) -> Any:
         axes.axvline(numbers["num_keep"], color=BLACK, linestyle=":", label=f"this bundle: {numbers['num_keep']}")
         axes.set_xlabel(f"visual tokens kept, of {numbers['num_visual']}")
         axes.set_xlim(0, 1.03 * numbers["num_visual"])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.grid(axis="y", alpha=0.3)
         without_frame(axes)
     handles, labels = flops.get_legend_handles_labels()

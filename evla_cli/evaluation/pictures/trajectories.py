@@ -22,10 +22,10 @@ def trajectories(inputs: Inputs, measured: Measured) -> Section:
         if not there
     ]
     if inputs.bundle is None:
-        return Missing(NAME, TITLE, f"{inputs.request.directory} has no bundle.", inputs.make_bundle())
+        return Missing(NAME, TITLE, f"{inputs.request.directory} has no bundle.", [inputs.make_bundle()])
     if needs:
         missing = " and ".join("the dense model" if "dense" in text else "camera images" for text in needs)
-        return Missing(NAME, TITLE, f"Not named: {missing}.", inputs.again(*needs))
+        return Missing(NAME, TITLE, f"Not named: {missing}.", [inputs.again(*needs)])
     assert inputs.dense is not None
     shown = []
     for index in inputs.chosen:
@@ -50,14 +50,14 @@ def trajectories(inputs: Inputs, measured: Measured) -> Section:
         NAME,
         TITLE,
         [
-            f"Positions that the {first.shape[1]} actions of a chunk add up to, in the robot's units, and the gripper command "
-            f"(1: open). {inputs.dense.label} (dense) and {inputs.bundle.label} (compressed) start from the same noise, seed "
-            f"{seed}; grey: the dense model from {NUM_OTHER_NOISES} other noises, seeds {seed + 1} to "
+            f"Positions that the {first.shape[1]} actions of a chunk add up to, in the robot's units, and the command "
+            f"to the gripper. {inputs.dense.label} (dense) and {inputs.bundle.label} (compressed) start from the same "
+            f"noise, seed {seed}; grey: the dense model from {NUM_OTHER_NOISES} other noises, seeds {seed + 1} to "
             f"{seed + NUM_OTHER_NOISES}. Within the grey, compression changes no more than chance does.",
             f"Statistics of the dataset '{inputs.unnorm_key}'. Samples of {inputs.request.samples}, one at a time.",
         ],
-        f"For {len(shown)} samples, lines of {', '.join(names)} over the chunk's steps. At the end the compressed model's "
-        f"position is {number(min(ends), 3)} to {number(max(ends), 3)} from the dense model's.",
+        f"For {len(shown)} samples, lines of {', '.join(names)} over the chunk's steps. At the end the compressed "
+        f"model's position is {number(min(ends), 3)} to {number(max(ends), 3)} from the dense model's.",
         {"unnorm_key": inputs.unnorm_key, "seed": seed, "dimensions": names, "samples": shown},
         [
             Table(
@@ -102,7 +102,7 @@ def _spread(each: dict[str, Any]) -> str:
 
 def _draw(shown: list[dict[str, Any]], names: list[str]) -> Any:
     figure, all_axes = new_figure(
-        11, 2.2 * len(shown) + 0.8, nrows=len(shown), ncols=len(names), sharex=True, squeeze=False
+        9.5, 2.1 * len(shown) + 0.8, nrows=len(shown), ncols=len(names), sharex=True, squeeze=False
     )
     for row, each in zip(all_axes, shown, strict=True):
         for column, (axes, name) in enumerate(zip(row, names, strict=True)):
@@ -112,10 +112,11 @@ def _draw(shown: list[dict[str, Any]], names: list[str]) -> Any:
             for which, look in (("dense", _DENSE), ("compressed", _COMPRESSED)):
                 axes.plot(steps, [at[column] for at in each[which]], label=which, **look)
             axes.margins(y=0.1)
-            if name == "gripper":
-                axes.set_ylim(-0.1, 1.1)
-            axes.set_ylabel(name)
+            low, high = (end(at[column] for at in each["dense"] + each["compressed"]) for end in (min, max))
             axes.locator_params(axis="y", nbins=5)
+            if name == "gripper" and low >= 0 and high <= 1:
+                axes.set(ylim=(-0.1, 1.1), yticks=(0, 1))
+            axes.set_ylabel(name if name == "gripper" else f"{name} (robot's units)", fontsize=9)
             without_frame(axes)
         title = textwrap.shorten(f"sample {each['sample']}: {each['instruction']}", 110)
         row[0].set_title(plain(title), loc="left", fontsize=10)
