@@ -39,8 +39,9 @@ def write_report(request: Request, output: Path, overwrite: bool = False) -> lis
     """
     check_matplotlib()
     with new_directory(output, overwrite) as staging:
-        check_apart(output, request.directory)
         inputs = open_inputs(request)
+        for read in inputs.directories():
+            check_apart(output, read)
         measured = measure(inputs)
         sections = [
             layers(inputs),

@@ -77,6 +77,14 @@ class Inputs:
     unnorm_key: str | None
     warnings: tuple[str, ...]
 
+    def directories(self) -> list[Path]:
+        """What is read, and so must not be written into. A report may well lie beside the bundle in `evla run`'s output."""
+        named = [
+            self.request.samples,
+            *(each.checkpoint.root for each in (self.bundle, self.dense) if each is not None),
+        ]
+        return [path for path in (*named, self.request.directory / IMPORTANCE) if path is not None]
+
     def again(self, *options: str) -> str:
         """This command with further options, so that one picture more can be drawn."""
         return " ".join([self.request.command(), *options])

@@ -29,9 +29,8 @@ _MARKERS = "osD^vP*X<>h"  # one more than colours do not share a factor with: 88
 def speed_success(inputs: Inputs) -> Section:
     bench, log = inputs.bench, inputs.log
     if bench is None or log is None:
-        both = [
-            text for text, there in (("a report of evla bench", bench), ("a log of evla eval", log)) if there is None
-        ]
+        wanted = (("a report of evla bench", bench), ("a log of evla eval", log))
+        both = [text for text, there in wanted if there is None]
         commands = [inputs.run_bench()] * (bench is None) + [inputs.run_eval()] * (log is None)
         return Missing(NAME, TITLE, f"Not named: {' and '.join(both)}.", commands)
     assert log.header is not None
@@ -39,15 +38,15 @@ def speed_success(inputs: Inputs) -> Section:
     if not rows:
         why = "evla bench and evla eval have no candidate in common: " + "; ".join(left_out) + "."
         return Missing(
-            NAME, TITLE, why, "evla bench LIST.yaml --json > bench.json, with the list that evla eval was given"
+            NAME, TITLE, why, ["evla bench CANDIDATES --json > bench.json  # those that evla eval was given"]
         )
     protocol, header = bench["protocol"], log.header
     counts = " to ".join(map(str, sorted({min(row["episodes"] for row in rows), max(row["episodes"] for row in rows)})))
     caption = [
         f"Across: how many times as fast as {rows[0]['reference']} a prediction is (median of the ratios within each "
         "round). Upwards: success over all episodes. Lines: 95 % intervals (bootstrap over rounds; Wilson).",
-        f"Time from {inputs.request.bench}: batch {protocol['batch_size']}, {protocol['dtype'] or 'as stored'}. "
-        f"Success from {inputs.request.results}: {header['suite']}, {header['dtype']}, "
+        f"Time from {inputs.request.bench}: batch {protocol['batch_size']}, dtype {protocol['dtype'] or 'as stored'}. "
+        f"Success from {inputs.request.results}: {header.get('suite')}, dtype {header.get('dtype')}, "
         f"{counts} episodes a row.",
     ]
     if left_out:
@@ -87,7 +86,8 @@ def matched(bench: dict[str, Any], log: LoggedEpisodes) -> tuple[list[dict[str, 
             left_out.append(f"{name} (no episodes)")
         if not episodes:
             continue
-        if (log.identities.get(name) or {}).get("settings") != row["settings"]:
+        identity = log.identities.get(name)
+        if not isinstance(identity, dict) or identity.get("settings") != row["settings"]:
             left_out.append(f"{name} (timed with other settings than its episodes were run with)")
             continue
         shared = [key for key in episodes if key in solved[paired]] if name != paired else []

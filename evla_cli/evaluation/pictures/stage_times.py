@@ -17,7 +17,7 @@ def stage_times(inputs: Inputs) -> Section:
     fastest = min(range(len(rows)), key=lambda index: medians[index][WHOLE])
     caption = [
         f"Medians of {protocol['runs']} interleaved runs, batch {protocol['batch_size']}, "
-        f"{protocol['dtype'] or 'dtype as stored'}, {where(environment)}.",
+        f"dtype {protocol['dtype'] or 'as stored'}, {where(environment)}.",
         f"From {inputs.request.bench}.",
     ]
     if any(row["settings"]["visual_tokens"]["method"] == "vla_cache" for row in rows):
