@@ -197,7 +197,7 @@ def test_kept_tokens_are_those_of_the_equations_written_as_loops(whole, made, im
         def choose(scores, features, chosen=chosen):
             kept = literal_selection(scores.tolist(), features[0].tolist(), 7, 2, 0.5, "one_shot")
             chosen.update(zip(("key", "task", "diverse"), kept, strict=True))
-            return sorted(sum(kept, []))
+            return sorted(token for tokens in kept for token in tokens)
 
         literal_pruned_run(policy.model, policy.prepare([sample.image], [sample.instruction]), policy.settings, choose)
         assert each["kept"] == chosen
@@ -343,7 +343,7 @@ def test_every_method_is_drawn_by_its_reasons_or_says_why_not(tokens, reasons, c
         policy.reset()
         sample = samples[each["sample"]]
         selection = policy.predict([sample.image], [sample.instruction]).selection
-        assert sorted(sum(each["kept"].values(), [])) == selection.kept[0].tolist()
+        assert sorted(token for kept in each["kept"].values() for token in kept) == selection.kept[0].tolist()
 
 
 def test_denoising_steps_are_measured_on_the_dense_model_or_read(whole, cogact_run, image_samples, tmp_path):

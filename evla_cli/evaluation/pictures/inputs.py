@@ -78,7 +78,7 @@ class Inputs:
     warnings: tuple[str, ...]
 
     def directories(self) -> list[Path]:
-        """What is read, and so must not be written into. A report may well lie beside the bundle in `evla run`'s output."""
+        """What must not be written into. Beside the bundle, in what `evla run` wrote, a report may well stand."""
         named = [
             self.request.samples,
             *(each.checkpoint.root for each in (self.bundle, self.dense) if each is not None),
