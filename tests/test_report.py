@@ -371,7 +371,8 @@ def test_inputs_of_another_checkpoint_are_told(made, image_samples, tmp_path):
     shutil.copytree(made / "bundle", root / "bundle")
     pipeline.analyze_to_file(other, image_samples, root / "importance.json")
     named = ("--dense", other, "--samples", image_samples, "--sample", 0, "--runs", 0)
-    evla("report", root, *named, "-o", tmp_path / "report")
+    printed = evla("report", root, *named, "-o", tmp_path / "report")
+    assert printed.count("warning ") == 2
     text = Page(tmp_path / "report" / "index.html").text
     assert f"{other} is not what the bundle was made from: its hash is another." in text
     assert "importance.json was measured on another checkpoint than the bundle was made from." in text

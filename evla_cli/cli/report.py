@@ -64,7 +64,7 @@ def command(
     motion beside the dense model's, time per stage, and speed against success. Where something is missing for a
     picture, the page says what, and which command makes it.
     """
-    from evla_cli.evaluation.pictures import report_table, write_report
+    from evla_cli.evaluation.pictures import write_report
     from evla_cli.evaluation.pictures.inputs import Request
 
     request = Request(
@@ -80,4 +80,4 @@ def command(
         dtype=dtype,
         device=device,
     )
-    click.echo(report_table(write_report(request, output, overwrite), output))
+    click.echo(write_report(request, output, overwrite).table())

@@ -4,6 +4,7 @@ Each picture is one file here: what it says in numbers, in a table, in a sentenc
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,27 @@ from evla_cli.models.skeleton import build_skeleton
 PAGE = "index.html"
 
 
-def write_report(request: Request, output: Path, overwrite: bool = False) -> list[Section]:
+@dataclass(frozen=True)
+class Report:
+    """What was written to `output`."""
+
+    output: Path
+    sections: list[Section]
+    warnings: tuple[str, ...]
+
+    def table(self) -> str:
+        """What was drawn, and what was not and why."""
+        lines = [f"{'warning':16} {text}" for text in self.warnings]
+        for section in self.sections:
+            if isinstance(section, Missing):
+                lines.append(f"{section.name:16} not drawn. {section.why} What makes it:")
+                lines += [f"{'':17}{command}" for command in section.commands]
+            else:
+                lines.append(f"{section.name:16} {self.output / section.name}.png")
+        return "\n".join([*lines, f"{'page':16} {self.output / PAGE}"])
+
+
+def write_report(request: Request, output: Path, overwrite: bool = False) -> Report:
     """Draw what can be drawn, say what is missing for the rest, and write both to `output`.
 
     Errors: no matplotlib, an output that must not be replaced, inputs that are not what they are said to be.
@@ -60,19 +81,7 @@ def write_report(request: Request, output: Path, overwrite: bool = False) -> lis
                 pngs[section.name] = (staging / f"{section.name}.png").read_bytes()
         write_text(staging / PAGE, _page(inputs, sections, pngs))
         write_manifest(staging, {}, {})
-    return sections
-
-
-def report_table(sections: list[Section], output: Path) -> str:
-    """What was drawn, and what was not and why."""
-    lines = []
-    for section in sections:
-        if isinstance(section, Missing):
-            lines.append(f"{section.name:16} not drawn. {section.why} What makes it:")
-            lines += [f"{'':17}{command}" for command in section.commands]
-        else:
-            lines.append(f"{section.name:16} {output / section.name}.png")
-    return "\n".join([*lines, f"{'page':16} {output / PAGE}"])
+    return Report(output, sections, inputs.warnings)
 
 
 def _page(inputs: Inputs, sections: list[Section], pngs: dict[str, bytes]) -> str:

@@ -113,7 +113,8 @@ def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
             axes.scatter(
                 (places + 0.5) * width,
                 (rows + 0.5) * height,
-                s=(0.38 * 72 * 3 / side) ** 2,
+                s=(0.38 * 72 * 3 / side * min(1, height / width))
+                ** 2,  # points²: a little more than a third of a patch
                 color=colour,
                 marker=marker,
                 edgecolors="black",
