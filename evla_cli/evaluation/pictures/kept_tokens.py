@@ -93,7 +93,7 @@ def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
     tallest = max(image.height / image.width for image in images)
     width = 3.2 if columns > 1 else 4.5
     titles = [textwrap.wrap(f"{each['sample']}: {each['instruction']}", 36, max_lines=2) for each in shown]
-    height = (width * tallest + 0.15 + 0.2 * max(map(len, titles))) * num_rows + 0.4
+    height = (width * tallest + 0.15 + 0.2 * max(map(len, titles))) * num_rows + 0.3
     # Not narrower than the legend.
     figure, all_axes = new_figure(max(5.0, width * columns), height, nrows=num_rows, ncols=columns, squeeze=False)
     for axes in all_axes.flat:
@@ -117,14 +117,15 @@ def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
                 ** 2,  # points²: a little more than a third of a patch
                 color=colour,
                 marker=marker,
-                edgecolors="black",
-                linewidths=0.9,
+                edgecolors="white",
+                linewidths=1,
+                path_effects=[withStroke(linewidth=2.5, foreground="black")],  # seen on any image
                 label=reason,
             )
             for row, place in zip(rows, places, strict=True):
-                corner = (place * width, row * height)
-                outline = Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.5)
-                outline.set_path_effects([withStroke(linewidth=3, foreground="black")])  # seen on any image
+                corner = ((place + 0.05) * width, (row + 0.05) * height)
+                outline = Rectangle(corner, 0.9 * width, 0.9 * height, fill=False, edgecolor=colour, linewidth=1.5)
+                outline.set_path_effects([withStroke(linewidth=3, foreground="black")])
                 axes.add_patch(outline)
         axes.set_title(plain("\n".join(title)), fontsize=10)
         axes.set_xlim(0, image.width)

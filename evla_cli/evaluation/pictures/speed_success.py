@@ -7,6 +7,7 @@ from evla_cli.evaluation.figures import (
     BLACK,
     BLUE,
     GREEN,
+    GREY,
     ORANGE,
     PURPLE,
     SKY,
@@ -146,12 +147,19 @@ def _draw(rows: list[dict[str, Any]]) -> Any:
             [rate],
             xerr=across,
             yerr=[[rate - 100 * low], [100 * high - rate]],
-            fmt=_MARKERS[place % len(_MARKERS)],
+            fmt="none",
+            ecolor=GREY,
+            elinewidth=1,
+            capsize=3,
+        )
+        axes.plot(
+            [speedup["value"]],
+            [rate],
+            marker=_MARKERS[place % len(_MARKERS)],
             color=_COLOURS[place % len(_COLOURS)],
             markeredgecolor=BLACK,
             markersize=10,
-            elinewidth=1,
-            capsize=3,
+            linestyle="none",
             label=plain(row["name"]),
         )
     axes.set(xlabel=f"times as fast as {plain(rows[0]['reference'])}", ylabel="success, % of episodes")
