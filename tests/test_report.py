@@ -51,7 +51,7 @@ def timed(made, cogact_run, tmp_path_factory) -> tuple[Path, Path]:
         {"name": "random, 5 tokens", "checkpoint": str(cogact_run), "settings": RANDOM},
     ]
     (root / "list.yaml").write_text(yaml.safe_dump({"schema_version": 1, "candidates": candidates}))
-    bench = evla("bench", root / "list.yaml", "--baseline", "stock", "--runs", 2, "--warmup", 0, "--json")
+    bench = evla("bench", root / "list.yaml", "--baseline", "none", "--runs", 2, "--warmup", 0, "--json")
     (root / "bench.json").write_text(bench)
     evla("eval", root / "list.yaml", "--suite", "pico_suite:PicoSuite", "-o", root / "log.jsonl")
     return root / "bench.json", root / "log.jsonl"
@@ -239,14 +239,16 @@ def test_speed_and_success_meet_by_name(whole, timed):
         expected = timing["speedup"]["dense"]["whole"] if row["name"] != "dense" else {"value": 1.0}
         assert row["speedup"]["value"] == expected["value"]
     stages = numbers(whole[0], "stage_times")["rows"]
-    assert [row["name"] for row in stages] == ["dense, stock", "dense", "compressed", "random, 5 tokens"]
+    assert [row["name"] for row in stages] == ["dense", "compressed", "random, 5 tokens"]
 
 
 def test_rows_that_do_not_belong_together_are_left_out(made, timed, tmp_path):
-    """Other settings, no episodes, not timed; and a line that a killed evaluation has begun."""
+    """Other settings, no episodes, not timed. A baseline of bench is no candidate, a line without its end no episode."""
     bench, log = json.loads(timed[0].read_text()), timed[1].read_text().splitlines()
-    bench["rows"][2]["settings"]["visual_tokens"]["num_keep"] = 6
+    bench["rows"][1]["settings"]["visual_tokens"]["num_keep"] = 6
     bench["rows"].append(bench["rows"][1] | {"name": "another"})
+    bench["rows"].insert(0, bench["rows"][0] | {"name": "dense, stock"})
+    bench["references"].insert(0, "dense, stock")
     more = {"candidate": "untimed", "task": "left", "episode": 0, "seed": 100, "success": True, "steps": 3}
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     (tmp_path / "log.jsonl").write_text("\n".join([*log, json.dumps(more), '{"candidate": "dense", "ta']))

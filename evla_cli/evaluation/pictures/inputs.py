@@ -153,8 +153,10 @@ def read_bench(path: Path) -> dict[str, Any]:
         good = bool(names) and len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
         good = good and bool(record["references"]) and set(record["references"]) <= set(names)
         times = [row["latency_ms"][stage]["median"] for row in record["rows"] for stage in (*STAGES, WHOLE)]
-        ratios = [each["whole"]["value"] for row in record["rows"] for each in row["speedup"].values()]
-        good = good and all(math.isfinite(value) and value > 0 for value in (*times, *ratios))
+        ratios = [each[WHOLE] for row in record["rows"] for each in row["speedup"].values()]
+        ends = [ratio[end] for ratio in ratios for end in ("low", "high") if ratio[end] is not None]
+        values = (*times, *(ratio["value"] for ratio in ratios), *ends)
+        good = good and all(math.isfinite(value) and value > 0 for value in values)
         for row in record["rows"]:
             row["settings"]["visual_tokens"]["method"]
         [record["protocol"][name] for name in ("batch_size", "runs", "dtype")]

@@ -83,9 +83,10 @@ def matched(bench: dict[str, Any], log: LoggedEpisodes) -> tuple[list[dict[str, 
     rows, left_out = [], []
     for row in bench["rows"]:
         name, episodes = row["name"], solved.get(row["name"], {})
-        if not episodes and name not in baselines:
-            left_out.append(f"{name} (no episodes)")
+        if name in baselines:
+            continue
         if not episodes:
+            left_out.append(f"{name} (no episodes)")
             continue
         identity = log.identities.get(name)
         if not isinstance(identity, dict) or identity.get("settings") != row["settings"]:
