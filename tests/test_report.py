@@ -176,9 +176,8 @@ def test_operations_are_those_of_the_bundles_settings(whole, made):
     policy, found = load_policy(made / "bundle"), numbers(whole[0], "token_cost")
     assert [row["num_keep"] for row in found["rows"]] == [2, 4, 6, 7, 8, 10, 12, 14, 16]
     for row in found["rows"]:
-        settings = pipeline.settings_with(None, **MEASURES)
-        tokens = {**MEASURES["visual_tokens"], "num_keep": row["num_keep"]}
-        settings = pipeline.settings_with(settings, visual_tokens=tokens)
+        measures = MEASURES | {"visual_tokens": MEASURES["visual_tokens"] | {"num_keep": row["num_keep"]}}
+        settings = pipeline.settings_with(None, **measures)
         assert row["flops"] == count_flops(policy.model, settings).to_record()
         assert 0 < row["latency_ms"]["language_model"]["median"] < row["latency_ms"]["whole"]["median"]
     assert found["protocol"]["runs"] == 2
