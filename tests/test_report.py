@@ -242,7 +242,7 @@ def test_speed_and_success_meet_by_name(whole, timed):
 
 
 def test_rows_that_do_not_belong_together_are_left_out(made, timed, tmp_path):
-    """Other settings, no episodes, not timed. A baseline of bench is no candidate, a line without its end no episode."""
+    """Other settings, no episodes, not timed. A baseline is no candidate, a line without its end no episode."""
     bench, log = json.loads(timed[0].read_text()), timed[1].read_text().splitlines()
     bench["rows"][1]["settings"]["visual_tokens"]["num_keep"] = 6
     bench["rows"].append(bench["rows"][1] | {"name": "another"})
