@@ -264,15 +264,23 @@ def test_rows_that_do_not_belong_together_are_left_out(made, timed, tmp_path):
     assert all(each in text for each in found["left_out"])
 
 
-def test_a_log_that_is_not_complete_is_paired_where_both_have_episodes(made, timed, tmp_path):
+def test_success_is_compared_where_tasks_have_the_same_shares(made, timed, tmp_path):
+    """A candidate in the middle of its tasks is left out; one with twice the episodes is paired where both have some."""
     lines = timed[1].read_text().splitlines()
-    cut = [line for line in lines if not ('"random, 5 tokens"' in line and '"task": "far"' in line)]
-    (tmp_path / "log.jsonl").write_text("\n".join(cut) + "\n")
+    records = [json.loads(line) for line in lines]
+    running = ("random, 5 tokens", "far")
+    cut = [record for record in records if (record.get("candidate"), record.get("task")) != running]
+    dense = [record for record in records if record.get("candidate") == "dense" and "episode" in record]
+    twice = [record | {"episode": record["episode"] + 10} for record in dense]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*cut, *twice]))
     evla("report", made, "--bench", timed[0], "--results", tmp_path / "log.jsonl", "--runs", 0, "-o", tmp_path / "out")
-    rows = {row["name"]: row for row in numbers(tmp_path / "out", "speed_success")["rows"]}
-    assert [row["episodes"] for row in rows.values()] == [7, 7, 4]
-    assert rows["random, 5 tokens"]["against"]["episodes"] == 4
-    assert "4 to 7 episodes a row" in Page(tmp_path / "out" / "index.html").text
+    found = numbers(tmp_path / "out", "speed_success")
+    assert [(row["name"], row["episodes"]) for row in found["rows"]] == [("dense", 14), ("compressed", 7)]
+    assert found["rows"][1]["against"]["episodes"] == 7
+    assert found["left_out"] == [
+        "random, 5 tokens (its episodes are not of the same tasks in the same shares as dense's)"
+    ]
+    assert "7 to 14 episodes a row" in Page(tmp_path / "out" / "index.html").text
 
 
 # What is missing

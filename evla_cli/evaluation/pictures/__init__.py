@@ -132,15 +132,15 @@ def _provenance(inputs: Inputs) -> list[Table]:
     if inputs.samples:
         read.append([str(request.samples), samples_sha256(inputs.samples)])
     read += [[str(path), sha256_file(path)] for path in (request.bench, request.results) if path is not None]
-    tables = [Table("Versions", ["", ""], [[name, version] for name, version in versions.items()])]
+    tables = [Table("Versions", ["", ""], [[name, version] for name, version in versions.items()], words=True)]
     if read:
-        tables.append(Table("SHA-256 of what was read; of samples, of their contents", ["", ""], read))
+        tables.append(Table("SHA-256 of what was read; of samples, of their contents", ["", ""], read, words=True))
     if inputs.bundle is not None:
         root = inputs.bundle.checkpoint.root
         manifest = {name: value for name, value in read_json(root / MANIFEST).items() if name != "files"}
         rows = [[MANIFEST, sha256_file(root / MANIFEST)], *_flat(manifest)]
-        tables.append(Table(f"The bundle's manifest ({root})", ["", ""], rows))
-        tables.append(Table("Its settings (inference.yaml)", ["", ""], _flat(read_yaml(root / SETTINGS))))
+        tables.append(Table(f"The bundle's manifest ({root})", ["", ""], rows, words=True))
+        tables.append(Table("Its settings (inference.yaml)", ["", ""], _flat(read_yaml(root / SETTINGS)), words=True))
     return tables
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
+    """`words`: every column is to the left, even one of numbers."""
+
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: bool = False
 
 
 @dataclass(frozen=True)

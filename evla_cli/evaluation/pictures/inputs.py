@@ -152,6 +152,8 @@ def read_bench(path: Path) -> dict[str, Any]:
         names = [row["name"] for row in record["rows"]]
         good = bool(names) and len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
         good = good and bool(record["references"]) and set(record["references"]) <= set(names)
+        first = record["references"][-1]
+        good = good and all(first in row["speedup"] for row in record["rows"][names.index(first) + 1 :])
         times = [row["latency_ms"][stage]["median"] for row in record["rows"] for stage in (*STAGES, WHOLE)]
         ratios = [each[WHOLE] for row in record["rows"] for each in row["speedup"].values()]
         ends = [ratio[end] for ratio in ratios for end in ("low", "high") if ratio[end] is not None]
@@ -161,7 +163,7 @@ def read_bench(path: Path) -> dict[str, Any]:
             row["settings"]["visual_tokens"]["method"]
         [record["protocol"][name] for name in ("batch_size", "runs", "dtype")]
         [record["environment"][name] for name in ("device", "device_name", "threads")]
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise EvlaError(f"{path} is not what evla bench --json prints.") from error
     if not good:
         raise EvlaError(f"{path} is not what evla bench --json prints.")

@@ -91,7 +91,7 @@ def _missing(missing: Missing) -> list[str]:
 def _table(table: Table) -> str:
     """Columns of words to the left, those that are mostly numbers to the right."""
     columns = [[row[column] for row in table.rows] for column in range(len(table.header))]
-    words = [2 * sum(map(_is_number, cells)) < sum(map(bool, cells)) for cells in columns]
+    words = [table.words or 2 * sum(map(_is_number, cells)) < sum(map(bool, cells)) for cells in columns]
 
     def cells(kind: str, row: Sequence[str]) -> str:
         each = zip(row, words, strict=True)

@@ -1,5 +1,7 @@
 """Speed against success, every candidate that was both timed (`evla bench`) and run in closed loop (`evla eval`)."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from evla_cli.evaluation.episode_log import LoggedEpisodes
@@ -92,6 +94,9 @@ def matched(bench: dict[str, Any], log: LoggedEpisodes) -> tuple[list[dict[str, 
         if not isinstance(identity, dict) or identity.get("settings") != row["settings"]:
             left_out.append(f"{name} (timed with other settings than its episodes were run with)")
             continue
+        if not _same_shares(episodes, solved[paired]):
+            left_out.append(f"{name} (its episodes are not of the same tasks in the same shares as {paired}'s)")
+            continue
         shared = [key for key in episodes if key in solved[paired]] if name != paired else []
         pairs = [[each[key] for key in shared] for each in (episodes, solved[paired])]
         rows.append(
@@ -109,6 +114,13 @@ def matched(bench: dict[str, Any], log: LoggedEpisodes) -> tuple[list[dict[str, 
     timed = [row["name"] for row in bench["rows"]]
     left_out += [f"{name} (not timed)" for name, episodes in solved.items() if episodes and name not in timed]
     return rows, left_out
+
+
+def _same_shares(episodes: Iterable[tuple[str, int]], others: Iterable[tuple[str, int]]) -> bool:
+    """Whether each task has the same part of both: while a log is being written, the last candidate has had the first
+    tasks alone, and its rate says nothing beside the others'."""
+    mine, theirs = (Counter(task for task, _ in each) for each in (episodes, others))
+    return all(mine[task] * theirs.total() == theirs[task] * mine.total() for task in {*mine, *theirs})
 
 
 _ONE = {"value": 1.0, "low": None, "high": None}
