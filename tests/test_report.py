@@ -265,7 +265,7 @@ def test_rows_that_do_not_belong_together_are_left_out(made, timed, tmp_path):
 
 
 def test_success_is_compared_where_tasks_have_the_same_shares(made, timed, tmp_path):
-    """A candidate in the middle of its tasks is left out; one with twice the episodes is paired where both have some."""
+    """A candidate in the middle of its tasks is left out; twice the episodes are paired where both have them."""
     lines = timed[1].read_text().splitlines()
     records = [json.loads(line) for line in lines]
     running = ("random, 5 tokens", "far")
