@@ -164,6 +164,7 @@ def _draw(rows: list[dict[str, Any]]) -> Any:
             ecolor=GREY,
             elinewidth=1,
             capsize=3,
+            zorder=1,
         )
         axes.plot(
             [speedup["value"]],
@@ -173,6 +174,7 @@ def _draw(rows: list[dict[str, Any]]) -> Any:
             markeredgecolor=BLACK,
             markersize=10,
             linestyle="none",
+            zorder=3,
             label=plain(row["name"]),
         )
     axes.set(xlabel=f"times as fast as {plain(rows[0]['reference'])}", ylabel="success, % of episodes")
