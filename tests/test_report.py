@@ -19,8 +19,8 @@ from test_visual_tokens import literal_selection
 
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
-from evla_cli.evaluation import pictures
 from evla_cli.evaluation.flops import count_flops
+from evla_cli.evaluation.pictures import measured
 from evla_cli.runtime.policy import load_policy, policy_from_checkpoint
 
 pytest.importorskip("matplotlib")
@@ -312,7 +312,7 @@ def test_without_samples_and_runs_no_model_is_loaded(made, tmp_path, monkeypatch
     def refuse(*_arguments, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(pictures.measured, "policy_from_checkpoint", refuse)
+    monkeypatch.setattr(measured, "policy_from_checkpoint", refuse)
     evla("report", made, "--runs", 0, "-o", tmp_path / "report")
     rows = numbers(tmp_path / "report", "token_cost")["rows"]
     assert rows[0]["flops"]["total"] < rows[-1]["flops"]["total"]

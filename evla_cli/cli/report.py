@@ -64,8 +64,8 @@ def command(
     motion beside the dense model's, time per stage, and speed against success. Where something is missing for a
     picture, the page says what, and which command makes it.
     """
-    from evla_cli.evaluation.pictures import write_report
     from evla_cli.evaluation.pictures.inputs import Request
+    from evla_cli.evaluation.pictures.report import write_report
 
     request = Request(
         directory,
