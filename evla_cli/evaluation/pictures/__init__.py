@@ -1,1 +1,1 @@
-"""The pictures of `evla report`. Each is one file: what it says in numbers, in a table, in a sentence, how it is drawn."""
+"""The pictures of `evla report`. Each is one file: its numbers, its tables, a sentence, and how it is drawn."""

@@ -98,6 +98,7 @@ def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
     figure, all_axes = new_figure(max(5.0, width * columns), height, nrows=num_rows, ncols=columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()
+    thick = min(1, 8 / side)  # points
     for axes, each, image, title in zip(all_axes.flat, shown, images, titles, strict=False):
         # The towers see the image squeezed to a square: a patch has the image's own shape.
         height, width = image.height / side, image.width / side
@@ -118,14 +119,16 @@ def _draw(inputs: Inputs, shown: list[dict[str, Any]], side: int) -> Any:
                 color=colour,
                 marker=marker,
                 edgecolors="white",
-                linewidths=1,
-                path_effects=[withStroke(linewidth=2.5, foreground="black")],  # seen on any image
+                linewidths=thick,
+                path_effects=[withStroke(linewidth=2.5 * thick, foreground="black")],  # seen on any image
                 label=reason,
             )
             for row, place in zip(rows, places, strict=True):
                 corner = ((place + 0.05) * width, (row + 0.05) * height)
-                outline = Rectangle(corner, 0.9 * width, 0.9 * height, fill=False, edgecolor=colour, linewidth=1.5)
-                outline.set_path_effects([withStroke(linewidth=3, foreground="black")])
+                outline = Rectangle(
+                    corner, 0.9 * width, 0.9 * height, fill=False, edgecolor=colour, linewidth=1.5 * thick
+                )
+                outline.set_path_effects([withStroke(linewidth=3 * thick, foreground="black")])
                 axes.add_patch(outline)
         axes.set_title(plain("\n".join(title)), fontsize=10)
         axes.set_xlim(0, image.width)
