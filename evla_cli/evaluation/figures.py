@@ -75,7 +75,8 @@ def save_picture(draw: Callable[[], Any], path: Path) -> None:
     with style.context("default"), warnings.catch_warnings():
         # An instruction in Chinese is drawn as boxes; the text itself stands in the tables.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        draw().savefig(path, dpi=150, format="png", metadata={"Software": None})
+        # "tight": no letter is cut off, whatever the layout made of a long one.
+        draw().savefig(path, dpi=150, format="png", bbox_inches="tight", metadata={"Software": None})
 
 
 def new_figure(width: float, height: float, **subplots: Any) -> tuple[Any, Any]:
