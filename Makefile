@@ -9,7 +9,7 @@ EPISODES ?= 100
 WORKERS ?= 2
 METAWORLD = --suite metaworld --dtype float32 --episodes $(EPISODES) --workers $(WORKERS)
 
-.PHONY: help setup demo eval-table eval-contrasts test test-slow fuzz lint format docs train-demo clean
+.PHONY: help setup demo report eval-table eval-contrasts test test-slow fuzz lint format docs train-demo clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -24,6 +24,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## Compress the shipped CogACT and print before against after
 	$(BIN)/python scripts/demo.py
+
+report: $(STAMP)  ## Pictures of the demo on one page: out/report/index.html
+	$(BIN)/evla run configs/demo.yaml
+	$(BIN)/evla report out/demo --dense demo/cogact-metaworld --samples demo/samples --dtype float32 \
+		-o out/report --overwrite
 
 eval-table: $(VENV)/.metaworld  ## The paper's table on the demo model: 8 rows, EPISODES=100 a task (half an hour)
 	$(BIN)/evla run configs/demo.yaml

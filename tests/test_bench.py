@@ -4,17 +4,20 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pico
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_cli import evla, evla_error, evla_json
 from torch import nn
 
 from evla_cli import pipeline
 from evla_cli.errors import EvlaError
+from evla_cli.evaluation import rollout
 from evla_cli.evaluation.bench import bench, make_rows, plan_sessions, weight_bytes
 from evla_cli.evaluation.candidates import neutral, open_candidates
 from evla_cli.evaluation.flops import count_flops
@@ -353,6 +356,26 @@ def test_mapped_weights_are_counted_once_and_copies_each(cogact_run, bundle):
 def test_labels_tell_candidates_apart(cogact_run, bundle, tmp_path):
     labels = [candidate.label for candidate in open_candidates([cogact_run, bundle, cogact_run])]
     assert labels == [str(cogact_run), str(bundle), f"{cogact_run} (2)"]
+
+
+def test_a_list_of_candidates_is_run_under_the_names_and_settings_in_it(cogact_run, bundle, tmp_path):
+    """The same file as `evla eval` takes, so that both call a row the same; paths are relative to the list."""
+    file, fastv = tmp_path / "list.yaml", tmp_path / "fastv.yaml"
+    entries = [
+        {"name": "dense", "checkpoint": os.path.relpath(cogact_run, tmp_path)},
+        {"name": "half", "checkpoint": str(bundle)},
+        {"name": "half, all tokens", "checkpoint": str(bundle), "settings": {"action_cache": {"interval": 2}}},
+    ]
+    file.write_text(yaml.safe_dump({"schema_version": 1, "candidates": entries}))
+    fastv.write_text("schema_version: 1\nvisual_tokens: {method: fastv, num_keep: 5}\n")
+    report = evla_json("bench", file, f"{cogact_run}@{fastv}", "--baseline", "none", "--runs", 1, "--warmup", 0)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["dense", "half", "half, all tokens", "run@fastv"]
+    assert list(rows) == [c.name for c in rollout.open_candidates([file, Path(f"{cogact_run}@{fastv}")])]
+    tokens = [row["settings"]["visual_tokens"]["num_keep"] for row in rows.values()]
+    assert tokens == [None, 8, None, 5]
+    assert [row["settings"]["action_cache"]["interval"] for row in rows.values()] == [1, 5, 2, 1]
+    assert rows["half"]["flops"]["paper"]["total"] < rows["half, all tokens"]["flops"]["paper"]["total"]
 
 
 @pytest.mark.parametrize(

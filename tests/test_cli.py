@@ -21,7 +21,7 @@ import evla_cli
 from evla_cli.checkpoint import output_file
 from evla_cli.cli.main import cli
 
-COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench", "compare", "eval")
+COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench", "compare", "eval", "report")
 
 
 def evla(*arguments: Any) -> str:

@@ -367,7 +367,11 @@ def test_chunks_and_tokens_must_be_of_one_size(
 
 def test_compare_refuses(cogact_run, compressed, decoders, image_samples, text_samples, tmp_path):
     samples = ("--samples", image_samples)
+    two = tmp_path / "two.yaml"
+    listed = "".join(f"\n- {{name: {name}, checkpoint: '{cogact_run}'}}" for name in "ab")
+    two.write_text(f"schema_version: 1\ncandidates: {listed}\n")
     for arguments, message in (
+        ((cogact_run, two, *samples), "name 3 candidates; evla compare takes two."),
         ((cogact_run, decoders("llama"), *samples), "has no action head"),
         ((cogact_run, tmp_path / "nowhere", *samples), "does not exist"),
         ((cogact_run, compressed, "--samples", text_samples), "missing field 'image'"),

@@ -10,7 +10,7 @@ import yaml
 
 from evla_cli.calibration import load_samples
 from evla_cli.checkpoint.files import read_yaml
-from evla_cli.evaluation.rollout import CandidateList, ListedCandidate
+from evla_cli.evaluation.candidates import CandidateList, ListedCandidate
 from evla_cli.families.cogact import GivenByHand
 from evla_cli.plan import LayerImportance, PrunePlan
 from evla_cli.running import RunState

@@ -10,6 +10,7 @@ Examples:
   evla bench bundle/
   evla bench cogact-base/ bundle/ --dtype bfloat16 --runs 10 --figure bench.png
   evla bench dense/ l28/ l22/ --baseline none --device cuda --batch-size 8 --json
+  evla bench configs/eval/demo_table.yaml --baseline none --dtype float32 --json > bench.json
 """
 
 
@@ -60,7 +61,8 @@ def command(
     as_json: bool,
     overwrite: bool,
 ) -> None:
-    """Measure how fast and how large CANDIDATES are: checkpoints that act, or bundles with their own settings.
+    """Measure how fast and how large CANDIDATES are: checkpoints that act, bundles with their own settings, either of
+    them with others (PATH@SETTINGS.yaml), or a YAML list of candidates.
 
     Time per stage of a prediction, FLOPs, parameters, bytes, peak memory, load time. All are timed in turn, run by run,
     so that a drift of the machine hits all alike, and compared within each round. Two baselines: "stock" runs the first

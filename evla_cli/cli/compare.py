@@ -38,6 +38,8 @@ def command(
 ) -> None:
     """Measure how far the actions of B lie from those of A on the same samples with the same noise.
 
+    Either may be named with other settings than its own: PATH@SETTINGS.yaml.
+
     Cognition tokens, actions, gripper commands, positions along the chunk, and what the action head's cache reuses.
     What B does differently (layers, MLP width, vision towers, visual tokens, cache) is switched on in A one at a time,
     to tell which of them costs how much; the first three by B's prune_plan.yaml, if it was made of A.

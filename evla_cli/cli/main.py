@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from evla_cli import __version__
-from evla_cli.cli import analyze, bench, compare, export, inspect, predict, prune, run, verify
+from evla_cli.cli import analyze, bench, compare, export, inspect, predict, prune, report, run, verify
 from evla_cli.cli import eval as eval_
 from evla_cli.cli.stopping import stoppable
 from evla_cli.errors import EvlaError, one_line
@@ -49,8 +49,9 @@ def cli() -> None:
     evla bench    A B ...                        how fast and how large they are
     evla compare  A B --samples DATA             how far B's actions lie from A's, and why
     evla eval     A B ... --suite SUITE          how often they succeed in closed loop
+    evla report   DIR -o REPORT                  pictures of all this on one page
     """
 
 
-for module in (inspect, analyze, prune, export, run, verify, predict, bench, compare, eval_):
+for module in (inspect, analyze, prune, export, run, verify, predict, bench, compare, eval_, report):
     cli.add_command(module.command)

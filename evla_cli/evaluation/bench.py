@@ -93,7 +93,7 @@ def bench(
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         raise EvlaError(f"--baseline: unknown baseline '{unknown[0]}'. {suggest(unknown[0], [*BASELINES, 'none'])}")
-    batch = _batch(samples, batch_size, seed)
+    batch = make_batch(samples, batch_size, seed)
     rows = make_rows(open_candidates(paths, num_denoise_steps), baselines)
     budget = parse_size(memory_budget) if memory_budget else int(_FREE_SHARE * available_bytes(device))
     together = weight_bytes(rows, device, dtype) <= budget
@@ -109,7 +109,7 @@ def bench(
             )
             for row in rows
         }
-        environment = _environment(device)
+        environment = describe_environment(device)
     latencies = {name: Latency(tuple(found)) for name, found in measured.stages.items()}
     references = _references(rows)
     records = []
@@ -223,7 +223,7 @@ def _load_row(model: tuple[Path, bool], settings: InferenceSettings, device: str
     return policy_from_checkpoint(path, settings, device=device, dtype=torch_dtype)
 
 
-def _batch(samples: Path | None, batch_size: int, seed: int) -> Batch:
+def make_batch(samples: Path | None, batch_size: int, seed: int) -> Batch:
     if samples is not None:
         found = load_samples(samples, "image", batch_size)
         return Batch([sample.image for sample in found], [sample.instruction for sample in found], seed)
@@ -299,7 +299,7 @@ def _head_record(times: dict[int, list[float]], seed: int) -> dict[str, Any]:
     }
 
 
-def _environment(device: str) -> dict[str, Any]:
+def describe_environment(device: str) -> dict[str, Any]:
     on_gpu = torch.device(device).type == "cuda"
     return {
         "device": device,

@@ -58,9 +58,12 @@ def compare(
     Errors: the two cannot be compared (other action chunks, widths or statistics), or one of them cannot act.
     """
     check_device(device)
-    a, b = open_candidates([first, second])
+    candidates = open_candidates([first, second])
+    if len(candidates) != 2:
+        raise EvlaError(f"{first} and {second} name {len(candidates)} candidates; evla compare takes two.")
+    a, b = candidates
     key = common_unnorm_key(a, b, unnorm_key)
-    _check_comparable(a, b, key)
+    check_comparable(a, b, key)
     samples = load_samples(data, "image", num_samples)
     plan, note = shared_plan(a, b)
     found: dict[str, Predictions] = {}
@@ -195,7 +198,7 @@ def shared_plan(a: Candidate, b: Candidate) -> tuple[PrunePlan | None, str | Non
         return None, None
     if sizes[0][:2] != (plan.num_layers, plan.intermediate_size):
         return None, f"{path} is not of {a.label}, whose size is another: {unknown}"
-    if plan.checkpoint_sha256 not in _hashes(a.checkpoint):
+    if plan.checkpoint_sha256 not in source_hashes(a.checkpoint):
         return None, f"{path} is of another checkpoint than {a.label} (its hash differs): {unknown}"
     return plan, None
 
@@ -205,7 +208,7 @@ def _sizes(checkpoint: Checkpoint) -> tuple[Any, ...]:
     return checkpoint.num_layers, checkpoint.intermediate_size, *towers
 
 
-def _hashes(checkpoint: Checkpoint) -> list[str]:
+def source_hashes(checkpoint: Checkpoint) -> list[str]:
     """Of its weights, and of those that an unpruned bundle was exported from."""
     if checkpoint.layout == "bundle":
         unpruned_sha256 = open_manifest(checkpoint.root).unpruned_sha256
@@ -246,7 +249,7 @@ def common_unnorm_key(a: Candidate, b: Candidate, key: str | None) -> str:
     return key or shared[0]
 
 
-def _check_comparable(a: Candidate, b: Candidate, key: str) -> None:
+def check_comparable(a: Candidate, b: Candidate, key: str) -> None:
     ours, theirs = a.config, b.config
     for what, x, y in (
         ("action dimensions", ours.action_config.action_dim, theirs.action_config.action_dim),

@@ -8,6 +8,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,48 @@ _VERSION = 1
 Key = tuple[str, str, int]  # candidate, task, number of the episode
 
 
+@dataclass
+class LoggedEpisodes:
+    """What stands in a log, in its order.
+
+    Attributes:
+        header: what all episodes share; None in an empty log.
+        identities: of the candidates, by name.
+    """
+
+    header: dict[str, Any] | None = None
+    identities: dict[str, Any] = field(default_factory=dict)
+    success: dict[Key, bool] = field(default_factory=dict)
+
+    def take(self, record: dict[str, Any]) -> None:
+        if self.header is None:
+            if record.pop("evla_eval") != _VERSION:
+                raise ValueError("another version")
+            self.header = record
+        elif "identity" in record:
+            self.identities[record["candidate"]] = record["identity"]
+        else:
+            self.success[record["candidate"], record["task"], record["episode"]] = bool(record["success"])
+
+
+def read_log(path: Path) -> LoggedEpisodes:
+    """What a log holds so far, whether it is being written or not. Errors: it is none, or it is empty."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EvlaError(f"Cannot read {path}: {error.strerror}.") from error
+    logged = _parsed(data, path)
+    if logged.header is None:
+        raise EvlaError(f"{path} is empty; evla eval -o writes such a log.")
+    return logged
+
+
 class EpisodeLog:
     """Held by one process at a time. What a killed process began to write, a line without its end, is cut off."""
 
     def __init__(self, path: Path, file: FileIO):
         self._path, self._file = path, file
-        self._header: dict[str, Any] | None = None
-        self._identities: dict[str, Any] = {}
-        self._success: dict[Key, bool] = {}
+        self._logged = LoggedEpisodes()
         self._whole = 0  # bytes up to the end of the last whole line
 
     @classmethod
@@ -52,10 +87,10 @@ class EpisodeLog:
             yield log
 
     def holds(self, candidate: str, trial: Trial) -> bool:
-        return _key(candidate, trial) in self._success
+        return _key(candidate, trial) in self._logged.success
 
     def success(self, candidate: str, trial: Trial) -> bool:
-        return self._success[_key(candidate, trial)]
+        return self._logged.success[_key(candidate, trial)]
 
     def add(self, candidate: str, trial: Trial, outcome: Outcome) -> None:
         """Errors: the log holds the episode, and it ended otherwise."""
@@ -76,24 +111,23 @@ class EpisodeLog:
                 "steps": outcome.steps,
             }
         )
-        self._success[_key(candidate, trial)] = outcome.success
+        self._logged.success[_key(candidate, trial)] = outcome.success
 
     def _begin(self, header: dict[str, Any], identities: Mapping[str, dict[str, Any]]) -> None:
         """Compare what was read with what is given, and write what is missing of it."""
-        if self._header is not None:
-            self._refuse_other(self._header, header, "")
-            if self._identities and not self._identities.keys() & identities.keys():
-                raise EvlaError(
-                    f"{self._path} is the log of other candidates ({', '.join(self._identities)}). Name another file."
-                )
+        if self._logged.header is not None:
+            self._refuse_other(self._logged.header, header, "")
+            if self._logged.identities and not self._logged.identities.keys() & identities.keys():
+                names = ", ".join(self._logged.identities)
+                raise EvlaError(f"{self._path} is the log of other candidates ({names}). Name another file.")
         for name, identity in identities.items():
-            if name in self._identities:
-                self._refuse_other(self._identities[name], identity, f"{name}'s ")
+            if name in self._logged.identities:
+                self._refuse_other(self._logged.identities[name], identity, f"{name}'s ")
         self._file.truncate(self._whole)
-        if self._header is None:
+        if self._logged.header is None:
             self._write({"evla_eval": _VERSION, **header})
         for name, identity in identities.items():
-            if name not in self._identities:
+            if name not in self._logged.identities:
                 self._write({"candidate": name, "identity": identity})
 
     def _refuse_other(self, logged: dict[str, Any], given: dict[str, Any], whose: str) -> None:
@@ -107,24 +141,8 @@ class EpisodeLog:
     def _read(self) -> None:
         self._file.seek(0)
         data = self._file.read()
-        self._whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[: self._whole or None].splitlines(), start=1):
-            try:
-                self._take(parse_json(line.decode()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise EvlaError(
-                    f"{self._path}, line {number}: this is not a log of evla eval. Name another file."
-                ) from error
-
-    def _take(self, record: dict[str, Any]) -> None:
-        if self._header is None:
-            if record.pop("evla_eval") != _VERSION:
-                raise ValueError("another version")
-            self._header = record
-        elif "identity" in record:
-            self._identities[record["candidate"]] = record["identity"]
-        else:
-            self._success[record["candidate"], record["task"], record["episode"]] = bool(record["success"])
+        self._whole = _whole_lines(data)
+        self._logged = _parsed(data, self._path)
 
     def _write(self, record: dict[str, Any]) -> None:
         """One system call for a line: a process that is killed leaves a whole one, or none."""
@@ -135,6 +153,21 @@ class EpisodeLog:
             raise EvlaError(f"Cannot write {self._path}: {error.strerror}.") from error
         if written < len(line):
             raise EvlaError(f"Cannot write {self._path}: the disk is full.")
+
+
+def _whole_lines(data: bytes) -> int:
+    """Bytes up to the end of the last whole line."""
+    return data.rfind(b"\n") + 1
+
+
+def _parsed(data: bytes, path: Path) -> LoggedEpisodes:
+    logged = LoggedEpisodes()
+    for number, line in enumerate(data[: _whole_lines(data) or None].splitlines(), start=1):
+        try:
+            logged.take(parse_json(line.decode()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EvlaError(f"{path}, line {number}: this is not a log of evla eval. Name another file.") from error
+    return logged
 
 
 @contextmanager

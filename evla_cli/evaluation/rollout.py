@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from evla_cli.checkpoint.bundle import MANIFEST, library_versions
-from evla_cli.checkpoint.files import read_yaml, sha256_file
+from evla_cli.checkpoint.files import sha256_file
 from evla_cli.errors import EvlaError, suggest
-from evla_cli.evaluation.candidates import check_settings, own_settings, with_denoise_steps
+from evla_cli.evaluation.candidates import check_settings, named_candidates, own_settings, with_denoise_steps
 from evla_cli.evaluation.episode_log import EpisodeLog
 from evla_cli.evaluation.success import summarize
 from evla_cli.evaluation.suites import Outcome, Suite, Trial, load_suite
@@ -22,10 +22,8 @@ from evla_cli.families import open_checkpoint
 from evla_cli.models.skeleton import check_device
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.policy import Policy, open_acting, policy_from_checkpoint
-from evla_cli.schema import SCHEMA_VERSION, check_schema_version, from_mapping
+from evla_cli.schema import SCHEMA_VERSION
 from evla_cli.settings import InferenceSettings
-
-NUM_NOISE_STREAMS = 10**5
 
 
 @dataclass(frozen=True)
@@ -53,35 +51,8 @@ class Candidate:
         return {**sha256, "settings": self.settings.to_record(), "noise_stream": self.noise_stream}
 
 
-@dataclass(frozen=True)
-class ListedCandidate:
-    """One in a `CandidateList`. Without `settings`, a bundle's own; neutral ones for any other checkpoint."""
-
-    name: str
-    checkpoint: str
-    settings: InferenceSettings | None = None
-    noise_stream: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.noise_stream < NUM_NOISE_STREAMS:
-            raise EvlaError(f"noise_stream must be between 0 and {NUM_NOISE_STREAMS - 1}, got {self.noise_stream}.")
-
-
-@dataclass(frozen=True)
-class CandidateList:
-    """A YAML file that names candidates; paths are relative to it."""
-
-    schema_version: int
-    candidates: tuple[ListedCandidate, ...]
-
-    def __post_init__(self) -> None:
-        check_schema_version(self.schema_version)
-        if not self.candidates:
-            raise EvlaError("candidates is empty; name at least one.")
-
-
 def open_candidates(given: Sequence[Path], num_denoise_steps: int | None = None) -> list[Candidate]:
-    """Each `given` is a checkpoint, a checkpoint and its settings (`PATH@SETTINGS.yaml`), or a `CandidateList`.
+    """All that `given` name, see `named_candidates`.
 
     Errors: one that cannot act or obey its settings; two of one name.
     """
@@ -99,23 +70,16 @@ def open_candidates(given: Sequence[Path], num_denoise_steps: int | None = None)
     return candidates
 
 
-def _opened(path: Path) -> list[Candidate]:
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        listed = from_mapping(CandidateList, read_yaml(path), str(path))
-        return [
-            Candidate(
-                entry.name,
-                path.parent / entry.checkpoint,
-                entry.settings or own_settings(open_acting(path.parent / entry.checkpoint)),
-                entry.noise_stream,
-            )
-            for entry in listed.candidates
-        ]
-    checkpoint, at, settings = str(path).rpartition("@")
-    if at and not path.exists():
-        name = f"{Path(checkpoint).resolve().name}@{Path(settings).stem}"
-        return [Candidate(name, Path(checkpoint), InferenceSettings.load(Path(settings)))]
-    return [Candidate(path.resolve().name, path, own_settings(open_acting(path)))]
+def _opened(given: Path) -> list[Candidate]:
+    return [
+        Candidate(
+            entry.name,
+            Path(entry.checkpoint),
+            entry.settings or own_settings(open_acting(Path(entry.checkpoint))),
+            entry.noise_stream,
+        )
+        for entry in named_candidates(given)
+    ]
 
 
 def _check(candidate: Candidate) -> None:

@@ -90,10 +90,10 @@ def summarize(results: Mapping[str, Successes]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "all": _rate(_pooled(tasks)),
-            "against_first": None if tasks is first else _against(_pooled(tasks), _pooled(first)),
+            "all": success_rate(_pooled(tasks)),
+            "against_first": None if tasks is first else against(_pooled(tasks), _pooled(first)),
             "tasks": {
-                task: _rate(values) | {"against_first": None if tasks is first else _against(values, first[task])}
+                task: success_rate(values) | {"against_first": None if tasks is first else against(values, first[task])}
                 for task, values in tasks.items()
             },
         }
@@ -105,13 +105,13 @@ def _pooled(tasks: Successes) -> list[bool]:
     return [value for values in tasks.values() for value in values]
 
 
-def _rate(values: Sequence[bool]) -> dict[str, Any]:
+def success_rate(values: Sequence[bool]) -> dict[str, Any]:
     low, high = wilson_interval(sum(values), len(values))
     rate = sum(values) / len(values)
     return {"successes": sum(values), "episodes": len(values), "rate": rate, "interval": [low, high]}
 
 
-def _against(values: Sequence[bool], reference: Sequence[bool]) -> dict[str, Any]:
+def against(values: Sequence[bool], reference: Sequence[bool]) -> dict[str, Any]:
     pair = Paired.of(values, reference)
     facts = {"difference": pair.difference, "interval": list(pair.interval()), "p_value": pair.p_value()}
     return facts | {"gained": pair.gained, "lost": pair.lost}
