@@ -47,8 +47,13 @@ class Evla:
         return self.process.exitcode is not None
 
     def has_mapped(self, path: Path) -> bool:
+        """For its tensors, for good; to see which of its pages are in memory takes a moment."""
         try:
-            return str(path) in Path(f"/proc/{self.process.pid}/maps").read_text()
+            for pause in (0.02, 0):
+                if str(path) not in Path(f"/proc/{self.process.pid}/maps").read_text():
+                    return False
+                time.sleep(pause)
+            return True
         except OSError:  # it has ended
             return False
 

@@ -276,7 +276,8 @@ def test_a_vla_in_its_own_layout_and_dtype(cogact_run, image_samples, importance
     assert np.isfinite(policy_from_checkpoint(tmp_path / "run").predict_action(image, "open drawer")).all()
 
 
-DEMO, FRAMES = Path("demo/cogact-metaworld"), Path("demo/samples")
+ROOT = Path(__file__).parent.parent
+DEMO, FRAMES = ROOT / "demo/cogact-metaworld", ROOT / "demo/samples"
 
 
 @pytest.fixture(scope="module")

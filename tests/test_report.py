@@ -457,7 +457,7 @@ def test_a_damaged_report_of_bench_is_refused(change, made, timed, tmp_path):
     elif change == "median":
         bench["rows"][0]["latency_ms"]["whole"]["median"] = -1
     else:
-        bench["rows"][0]["name"] = "dense"
+        bench["rows"][0]["name"] = bench["rows"][-1]["name"]
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     text = evla_error("report", made, "--bench", tmp_path / "bench.json", "-o", tmp_path / "report")
     assert "is not what evla bench --json prints." in text

@@ -32,7 +32,7 @@ _OTHER_STORAGES = ["BoolStorage", "ComplexFloatStorage", "QInt8Storage", "Untype
 
 
 @pytest.mark.parametrize("num_cases", [400, pytest.param(5000, marks=pytest.mark.fuzz)])
-def test_torch(num_cases: int, tmp_path: Path, counted: Any) -> None:
+def test_torch(num_cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Any) -> None:
     path, copy = tmp_path / "m.pt", tmp_path / "copy.pt"
 
     def case(random: Random) -> bool:
@@ -54,7 +54,7 @@ def test_torch(num_cases: int, tmp_path: Path, counted: Any) -> None:
             assert _structure(_load(copy.read_bytes())) == _structure(reference)
         return True
 
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     counted("torch (.pt)", run_cases("torch", num_cases, case))
 
 
