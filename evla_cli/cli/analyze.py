@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import click
@@ -75,7 +76,8 @@ def command(
     """
     from evla_cli.checkpoint.read_ahead import start_early
 
-    start_early(source)
+    if os.environ.get("RANK", "0") == "0":  # of a job's processes the first alone hashes the checkpoint
+        start_early(source)
     from evla_cli import pipeline
     from evla_cli.evaluation.report import importance_table
     from evla_cli.ranks import torchrun_ranks
