@@ -36,7 +36,7 @@ def test_the_papers_four_settings_ship():
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("cogact_l")], ids=lambda p: p.name)
 def test_recipe_does_what_its_name_says(path):
-    layers, tokens = map(int, re.fullmatch(r"cogact_l(\d+)_t(\d+)", path.stem).groups())
+    layers, tokens = map(int, re.fullmatch(r"cogact_l(\d+)_t(\d+)(?:_refit)?", path.stem).groups())
     recipe = Recipe.load(path)
     assert 32 - recipe.prune.drop_layers == layers
     assert recipe.prune.mlp_prune_ratio == 0.25
@@ -47,15 +47,26 @@ def test_recipe_does_what_its_name_says(path):
     assert recipe.output.endswith(path.stem)
 
 
-@pytest.mark.parametrize(
-    ("recommended", "paper"), [("cogact_recommended", "cogact_l22_t56"), ("demo_recommended", "demo")]
-)
-def test_what_is_recommended_has_the_papers_size(recommended, paper):
+@pytest.mark.parametrize(("refit", "paper"), [("cogact_l22_t56_refit", "cogact_l22_t56"), ("demo_refit", "demo")])
+def test_refit_recipes_have_the_papers_sizes(refit, paper):
     """Only how rows are chosen and whether layers are refit differ, and where things stand."""
-    ours, theirs = (Recipe.load(ROOT / "configs" / f"{recipe}.yaml") for recipe in (recommended, paper))
+    ours, theirs = (Recipe.load(ROOT / "configs" / f"{recipe}.yaml") for recipe in (refit, paper))
     assert ours.export == theirs.export
     assert (ours.prune.mlp_method, ours.prune.refit) == ("activation", True)
     assert replace(ours.prune, mlp_method=theirs.prune.mlp_method, refit=False) == theirs.prune
+
+
+def test_what_is_recommended_prunes_the_towers_and_more_tokens_too():
+    for recommended, refit, images in (
+        ("cogact_recommended", "cogact_l22_t56_refit", 256),
+        ("demo_recommended", "demo_refit", 64),
+    ):
+        ours, theirs = (Recipe.load(ROOT / "configs" / f"{recipe}.yaml") for recipe in (recommended, refit))
+        assert ours.prune.vision_mlp_prune_ratio == 0.25
+        assert replace(ours.prune, vision_drop_layers=0, vision_mlp_prune_ratio=0.0) == theirs.prune
+        assert ours.export.settings.visual_tokens.num_keep == 40 * images // 256
+        kept = replace(ours.export.settings.visual_tokens, num_keep=theirs.export.settings.visual_tokens.num_keep)
+        assert replace(ours.export.settings, visual_tokens=kept) == theirs.export.settings
 
 
 EVALUATED = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
@@ -64,7 +75,8 @@ EVALUATED = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 def test_lists_of_candidates_load_and_name_what_a_recipe_makes():
     """Everything in configs/eval is one or the other."""
     recipes = {path for path in EVALUATED if "candidates" not in yaml.safe_load(path.read_text())}
-    made = {(path.parent / Recipe.load(path).output).resolve() for path in (*recipes, ROOT / "configs" / "demo.yaml")}
+    shipped = [ROOT / "configs" / f"{name}.yaml" for name in ("demo", "demo_refit", "demo_recommended")]
+    made = {(path.parent / Recipe.load(path).output).resolve() for path in (*recipes, *shipped)}
     known = {path / "bundle" for path in made} | {ROOT / "demo" / "cogact-metaworld"}
     for path in set(EVALUATED) - recipes:
         listed = from_mapping(CandidateList, read_yaml(path), str(path))
@@ -76,6 +88,12 @@ def test_lists_of_candidates_load_and_name_what_a_recipe_makes():
 def test_table_has_the_papers_eight_rows():
     path = ROOT / "configs" / "eval" / "demo_table.yaml"
     rows = from_mapping(CandidateList, read_yaml(path), str(path)).candidates
+    every = set(rows)
+    *rows, refit, recommended = rows
+    for row, recipe in ((refit, "demo_refit"), (recommended, "demo_recommended")):  # the settings of their bundles
+        made = Recipe.load(ROOT / "configs" / f"{recipe}.yaml")
+        assert (row.settings, Path(made.output).name) == (None, Path(row.checkpoint).parent.name)
+        assert f"L={10 - made.prune.drop_layers}, T={made.export.settings.visual_tokens.num_keep}" in row.name
     methods = [row.settings.visual_tokens.method if row.settings else "none" for row in rows]
     assert methods == ["none", "random", "fastv", "vla_cache", *["evla"] * 4]
     for row in rows[4:]:
@@ -86,7 +104,7 @@ def test_table_has_the_papers_eight_rows():
         assert (10 - made.prune.drop_layers, made.prune.mlp_prune_ratio) == (layers, 0.25)
         assert (row.settings.visual_tokens.num_keep, row.settings.action_cache.interval) == (tokens, 5)
     headline = ROOT / "configs" / "eval" / "demo_headline.yaml"
-    assert set(from_mapping(CandidateList, read_yaml(headline), str(headline)).candidates) <= set(rows)
+    assert set(from_mapping(CandidateList, read_yaml(headline), str(headline)).candidates) <= every
 
 
 SECTIONS = {

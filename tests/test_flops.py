@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from pathlib import Path
 
 import pico
 import pytest
@@ -17,7 +18,7 @@ from evla_cli.methods.mlp_pruning import prune_width
 from evla_cli.models.skeleton import build_skeleton, expected_shapes
 from evla_cli.plan import PrunePlan, StackPlan
 from evla_cli.runtime.policy import policy_from_checkpoint
-from evla_cli.settings import ActionCacheSettings, InferenceSettings, VisualTokenSettings
+from evla_cli.settings import ActionCacheSettings, InferenceSettings, Recipe, VisualTokenSettings
 
 
 @cache
@@ -130,6 +131,14 @@ def test_pruned_towers(layers, kept, drop, ratio, percent, billions):
     full = count_flops(model, settings(kept, interval=5), convention="full").vision  # the last block never runs
     expected -= 2 * 261 * (4 * 1024**2 + 2 * 1024 * dino) + 2 * 256 * (4 * 1152**2 + 2 * 1152 * siglip)
     assert full == expected + 4 * (261**2 * 1024 * (23 - drop) + 256**2 * 1152 * (26 - drop))
+
+
+def test_what_is_recommended_takes_at_most_22_percent():
+    recipe = Recipe.load(Path(__file__).resolve().parent.parent / "configs" / "cogact_recommended.yaml")
+    prune = recipe.prune
+    assert prune.mlp_prune_ratio == 0.25
+    model = without_vision(32 - prune.drop_layers, prune.vision_drop_layers, prune.vision_mlp_prune_ratio)
+    assert count_flops(model, recipe.export.settings).total / dense().total <= 0.22
 
 
 def tokens(method, convention="full", reused=(), **keys):
