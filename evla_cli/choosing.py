@@ -24,7 +24,7 @@ from evla_cli.calibration import Sample, load_samples, samples_sha256
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
-from evla_cli.methods.layer_choice import Absorber, Run, cheapest_runs, relative_error
+from evla_cli.methods.layer_choice import Absorber, Run, cheapest_runs, longest_run, relative_error
 from evla_cli.methods.layer_importance import position_weights, real_positions, run_layer, sample_similarity
 from evla_cli.methods.stability import resample_weights, set_stability, stability
 from evla_cli.models.cogact import cognition_token
@@ -240,8 +240,9 @@ class _Choice:
     def refit_aware(self) -> tuple[tuple[int, ...], dict[str, Any]]:
         """All in one pass. At the input of layer j, every earlier layer i shows how near it comes to the state there
         when what is between goes. Each layer removed alone is carried on to the end, to see what an error costs."""
-        num_layers, longest = len(self._stream), self._num_drop
+        num_layers = len(self._stream)
         removable = [layer for layer in range(num_layers) if layer not in self._protected]
+        longest = longest_run(num_layers, self._num_drop, removable, self._forced)
         errors: dict[Run, np.ndarray] = {}  # by sample
         ridges: dict[int, float | None] = {}
         absorbers: dict[int, Absorber | None] = {-1: None}

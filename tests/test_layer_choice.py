@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from test_refit import ridge_reference
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from evla_cli.choosing import ChoiceOptions
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
-from evla_cli.methods.layer_choice import Absorber, cheapest_runs
+from evla_cli.methods.layer_choice import Absorber, cheapest_runs, longest_run
 from evla_cli.methods.refit import RIDGES
 from evla_cli.methods.stability import RESAMPLES, SEED, exchanged_share, stability
 from evla_cli.models.processing import CogACTProcessor, load_tokenizer
@@ -189,8 +190,12 @@ def test_refit_aware_equals_refitting_whole_models(decoders, text_samples, tmp_p
         target = states[j][4].numpy()
         if j - i == 3 and i >= 0:  # the nearest run has settled lambda
             given = {ridge: given[ridge] for ridge in (None, alone[i + 1][0])}
-        best = min(given, key=lambda ridge: np.square(given[ridge] - target).sum())
-        errors[i, j] = (np.square(given[best] - target).sum(axis=1) / np.square(target).sum(axis=1)).mean()
+        relative = {
+            ridge: (np.square(found - target).sum(axis=1) / np.square(target).sum(axis=1)).mean()
+            for ridge, found in given.items()
+        }
+        best = min(relative, key=relative.__getitem__)
+        errors[i, j] = relative[best]
         if j - i == 2:
             if i >= 0:
                 weight = naive.layers[i].mlp.down_proj.weight
@@ -218,6 +223,20 @@ def test_refit_aware_equals_refitting_whole_models(decoders, text_samples, tmp_p
     assert how["dropped"] == min(itertools.combinations(range(num_layers), 2), key=cost)
 
 
+def test_refit_aware_leaves_no_longer_gap_than_it_can_judge(decoders, text_samples, tmp_path):
+    """Three layers in a row that do nothing cost nothing; of 6 layers two in a row may go."""
+    source = shutil.copytree(decoders("llama"), tmp_path / "source")
+    [file] = source.glob("*.safetensors")
+    weights = load_file(file)
+    for layer in (2, 3, 4):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{layer}.{name}.weight"].zero_()
+    save_file(weights, file, {"format": "pt"})
+    dropped = choose(source, text_samples, tmp_path / "out", "refit-aware", num_drop=3)["dropped"]
+    assert len({2, 3, 4} & set(dropped)) == 2
+    assert choose(source, text_samples, tmp_path / "out", "iterative", num_drop=3)["dropped"] == (2, 3, 4)
+
+
 @pytest.mark.parametrize("num_inputs", [12, 60])  # fewer inputs than the 40 rows, and more
 def test_an_absorber_equals_solving_for_the_weight(num_inputs):
     generator = torch.Generator().manual_seed(num_inputs)
@@ -233,7 +252,8 @@ def test_an_absorber_equals_solving_for_the_weight(num_inputs):
         candidates |= {ridge: start.numpy() + judging.numpy() @ change.T for ridge, change in changes.items()}
         if settled is not None:
             candidates = {ridge: candidates[ridge] for ridge in (None, settled)}
-        best = min(candidates, key=lambda ridge: np.square(candidates[ridge] - far.numpy()).sum())
+        lengths = np.square(far.numpy()).sum(axis=1)
+        best = min(candidates, key=lambda n: (np.square(candidates[n] - far.numpy()).sum(axis=1) / lengths).sum())
         np.testing.assert_allclose(absorber.best(near, far), candidates[best], rtol=0, atol=1e-3)  # float32 products
         assert absorber.ridge == best
         settled = best
@@ -256,6 +276,24 @@ def test_cheapest_runs_equals_trying_all_sets():
             sets = itertools.combinations([n for n in range(num_layers) if n not in protected], num_drop)
             best = min((dropped for dropped in sets if set(forced) <= set(dropped)), key=total)
             assert tuple(found[row].nonzero()[0]) == best
+    with pytest.raises(ValueError, match="do not remove 4 of 8"):
+        cheapest_runs({run: cost for run, cost in costs.items() if run[0] > 4}, num_layers, num_drop)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_drop", "removable", "forced", "expected"),
+    [
+        (30, 8, range(30), (), 5),
+        (32, 10, range(2, 32), (), 6),
+        (30, 3, range(30), (), 3),  # all in one run
+        (10, 3, range(2, 10), (), 2),
+        (10, 7, range(2, 10), (), 4),  # 7 of 8 in a row: one stays, in the middle
+        (10, 8, range(2, 10), (), 8),
+        (30, 8, range(30), range(4, 11), 7),  # named ones
+    ],
+)
+def test_a_run_is_at_most_a_sixth_of_the_layers_or_what_it_takes(num_layers, num_drop, removable, forced, expected):
+    assert longest_run(num_layers, num_drop, removable, forced) == expected
 
 
 # How sure a choice is

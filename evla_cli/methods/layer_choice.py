@@ -7,6 +7,7 @@ cheapest set follows from dynamic programming over (last layer that stayed, laye
 Letters used here: N positions fit to, M positions that judge, K inputs of the linear map, D hidden size, R resamples.
 """
 
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -45,15 +46,16 @@ class Absorber:
                 self._maps[ridge] = torch.cholesky_solve(cross, factor).T.float()  # (M, K) or (M, N)
 
     def best(self, target: Tensor, judging_target: Tensor) -> Tensor:
-        """What the layer gives (M, D) with the lambda that serves the judging positions best; without a refit where
-        that is better. The first target, the nearest one, settles lambda for those that follow."""
+        """What the layer gives (M, D) with the lambda that serves the judging positions best, by relative error;
+        without a refit where that is better. The first target, the nearest one, settles lambda for those that follow.
+        """
         lacking = target - self._outputs
         if self._inputs is not None:
             lacking = self._inputs.T @ lacking
         start = self._judging_outputs
 
         def error(values: Tensor | None) -> float:
-            return float(((start if values is None else values).double() - judging_target).square().sum())
+            return float(relative_error(start if values is None else values, judging_target).sum())
 
         fit = best_fit(lambda ridge: start + self._maps[ridge] @ lacking, error, tuple(self._maps))
         self.ridge = fit.ridge
@@ -75,6 +77,8 @@ def cheapest_runs(
     Args:
         costs: (R) for every run that may be removed; a run with nothing between costs nothing and need not be there.
         forced: layers that must go.
+
+    Errors: ValueError where no runs make up such a set, or at no finite cost.
     """
     count = len(next(iter(costs.values())))
     places = [layer for layer in range(-1, num_layers + 1) if layer not in forced]
@@ -91,6 +95,8 @@ def cheapest_runs(
                 better = total < best[j][removed]
                 best[j][removed] = np.where(better, total, best[j][removed])
                 before[j][removed] = np.where(better, i, before[j][removed])
+    if not np.isfinite(best[num_layers][num_drop]).all():
+        raise ValueError(f"These runs do not remove {num_drop} of {num_layers} layers at a finite cost.")
     dropped = np.zeros((count, num_layers), dtype=bool)
     for row in range(count):
         j, removed = num_layers, num_drop
@@ -99,3 +105,20 @@ def cheapest_runs(
             dropped[row, i + 1 : j] = True
             j, removed = i, removed - (j - i - 1)
     return dropped
+
+
+def longest_run(num_layers: int, num_drop: int, removable: Collection[int], forced: Collection[int] = ()) -> int:
+    """How many layers a run may remove: a sixth of all, or as many more as it takes to remove so many."""
+    for limit in range(max(2, math.ceil(num_layers / 6)), num_drop):
+        runs = {
+            (i, j): np.zeros(1)
+            for i in range(-1, num_layers)
+            for j in range(i + 2, min(i + 2 + limit, num_layers + 1))
+            if set(range(i + 1, j)) <= set(removable)
+        }
+        try:
+            cheapest_runs(runs, num_layers, num_drop, forced)
+        except ValueError:
+            continue
+        return limit
+    return num_drop
