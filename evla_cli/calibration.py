@@ -26,6 +26,7 @@ _MAX_SIDE = 65_535  # Pillow needs memory for every row
 _MAX_BYTES = 4 * _MAX_PIXELS
 # Pillow also reads PostScript and the like, by running another program on the file.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+_HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # of 8 bits, or less, a channel
 
 
@@ -77,6 +78,14 @@ def load_samples(data: Path, kind: str, num_samples: int | None = None) -> list[
     if num_samples is not None and len(samples) < num_samples:
         raise EvlaError(f"{file} holds {len(samples)} samples, --num-samples asks for {num_samples}.")
     return samples
+
+
+def hold_out(samples: list[Sample], data: Path) -> tuple[list[Sample], list[Sample]]:
+    """Those that something is fit to, and every fifth, which judges the fit; at least one."""
+    if len(samples) < 2:
+        raise EvlaError(f"{data}: at least 2 samples are needed, one of them to judge what the others are fit to.")
+    judging = samples[_HELD_OUT - 1 :: _HELD_OUT] or samples[-1:]
+    return [sample for sample in samples if sample not in judging], judging
 
 
 def samples_sha256(samples: list[Sample]) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evla_cli.calibration import Sample, load_samples, samples_sha256
+from evla_cli.calibration import Sample, hold_out, load_samples, samples_sha256
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
@@ -30,15 +30,13 @@ from evla_cli.methods.stability import resample_weights, set_stability, stabilit
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.skeleton import check_device
-from evla_cli.models.streaming import Batch, DecoderStream, captured_inputs
+from evla_cli.models.streaming import Batch, DecoderStream, captured_inputs, check_mlp_is_added
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.actions import sample_actions
 from evla_cli.settings import ActionCacheSettings, DiffusionSettings
 
-_HELD_OUT = 5  # every fifth sample judges what the others are fit to, as in refit
 _MAX_ROWS = 4096  # positions that a refit is tried on, and about as many that judge it
 _SNAPSHOT_EVERY = 4  # layers; states are kept there, so that a pass need not begin at the first layer
-_MAX_BEND = 0.05  # rounding gives 1e-6; a norm after the MLP changes its output altogether
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,8 @@ def choose_by_samples(
 def _split(samples: list[Sample], options: ChoiceOptions) -> tuple[list[Sample], list[Sample]]:
     if options.method != "refit-aware" and not options.held_out:
         return [], samples
-    if len(samples) < 2:
-        raise EvlaError(f"{options.data}: at least 2 samples are needed, one of them to judge the others' fit.")
-    judging = samples[_HELD_OUT - 1 :: _HELD_OUT] or samples[-1:]
-    if options.method != "refit-aware":
-        return [], judging
-    return [sample for sample in samples if sample not in judging], judging
+    fit_to, judging = hold_out(samples, options.data)
+    return fit_to if options.method == "refit-aware" else [], judging
 
 
 class _Choice:
@@ -277,37 +271,16 @@ class _Choice:
 
     def _absorber(self, index: int, layer: Any) -> Absorber:
         """Run layer `index`; what its last linear map gets and what the layer gives, at the chosen positions."""
-        down = getattr(getattr(layer, "mlp", None), "down_proj", None)
-        if not isinstance(down, nn.Linear):
-            raise EvlaError("The decoder's layers have no mlp.down_proj; choose another --layer-method.")
         inputs: list[list[Tensor]] = [[], []]
         for number, batch in enumerate(self._stream.batches):
             if index == 0 and number == 0:
-                self._check_addition(layer, down, batch)
-            with captured_inputs(down) as seen:
+                check_mlp_is_added(layer, self._stream.on_device(batch)[0], self._stream.arguments(batch, 0))
+            with captured_inputs(layer.mlp.down_proj) as seen:
                 self._advance_batch(index, layer, batch)
             for rows, found in zip((self._fit_rows, self._judging_rows), inputs, strict=True):
                 found.append(seen[0][rows[number].to(seen[0].device)])
         fit_to, judging = map(torch.cat, inputs)
         return Absorber(fit_to, judging, self._rows(self._fit_rows), self._rows(self._judging_rows))
-
-    def _check_addition(self, layer: Any, down: nn.Linear, batch: Batch) -> None:
-        """Errors: the layer's output is not down_proj's output plus something that does not depend on it."""
-        hidden_states, _ = self._stream.on_device(batch)
-        arguments = self._stream.arguments(batch, 0)
-        with captured_inputs(down) as seen:
-            output = layer(hidden_states, **arguments)
-        handle = down.register_forward_hook(lambda _module, _inputs, added: torch.zeros_like(added))
-        try:
-            without = layer(hidden_states, **arguments)
-        finally:
-            handle.remove()
-        added = down(seen[0])
-        if float((output - without - added).norm()) > _MAX_BEND * float(added.norm()):
-            raise EvlaError(
-                "This decoder changes what mlp.down_proj gives before it adds it (a norm after the MLP, as in Gemma2), "
-                "so that it cannot be refit: choose another --layer-method."
-            )
 
     def _cheapest(
         self, errors: dict[Run, np.ndarray], moved: dict[int, np.ndarray], ridges: dict[int, float | None]

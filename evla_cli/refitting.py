@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evla_cli.calibration import load_samples, samples_sha256
+from evla_cli.calibration import hold_out, load_samples, samples_sha256
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, is_finite
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
@@ -34,14 +34,12 @@ from evla_cli.methods.layer_importance import real_positions
 from evla_cli.methods.refit import Fit, NormalEquations, best_fit, squared_error
 from evla_cli.models.scratch import Scratch, move
 from evla_cli.models.skeleton import check_device
-from evla_cli.models.streaming import Batch, DecoderStream, captured_inputs
+from evla_cli.models.streaming import Batch, DecoderStream, captured_inputs, check_mlp_is_added
 from evla_cli.plan import PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.vision.refitting import refit_towers
 
-_HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _IN_MEMORY_BYTES = 2**27  # of refit weights, and of rows that judge; what is more stands in a file
-_MAX_BEND = 0.05  # rounding gives 1e-6; a norm after the MLP changes its output altogether
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
     samples = load_samples(options.data, checkpoint.family.sample_kind, options.num_samples)
-    if len(samples) < 2:
-        raise EvlaError(f"{options.data}: --refit needs at least 2 samples, one of them to judge the others' fit.")
-    held_out = samples[_HELD_OUT - 1 :: _HELD_OUT] or samples[-1:]
+    fit_to, held_out = hold_out(samples, options.data)
     settings = {
         "samples_sha256": samples_sha256(samples),
         "num_samples": len(samples),
@@ -93,10 +89,10 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     for key in [key for key, value in settings.items() if recorded.get(key) != value]:
         raise EvlaError(f"The plan was refit with {key} {recorded.get(key)}, not {settings[key]}: give the same.")
     # Those that judge come last, so that at most one batch holds samples of both kinds.
-    ordered = [sample for sample in samples if sample not in held_out] + held_out
+    ordered = fit_to + held_out
     sets = 5 if plan.vision else 4  # of hidden states: the dense model's, three students', what those begin with
     budget = None if options.memory_budget is None else parse_size(options.memory_budget) // sets
-    num_fit = len(samples) - len(held_out)
+    num_fit = len(fit_to)
     towers, begin = None, None
     if plan.vision:  # first, so that the decoder's layers make up for what the towers' could not
         towers = refit_towers(checkpoint, plan, ordered, num_fit, options.batch_size, options.device, budget)
@@ -195,7 +191,7 @@ class _Walk:
     def pass_through(self, layer: Any, arguments: list[dict[str, Any]], stored: torch.dtype) -> Fit:
         """Fit the layer to the teacher, and take all hidden states through it: the fit that is to be written."""
         if not self._checked:
-            self._written.check_addition(layer, arguments[0])
+            check_mlp_is_added(layer, *self._written.call(0, arguments[0]))
             self._checked = True
         down: nn.Linear = layer.mlp.down_proj
         as_it_was = down.weight
@@ -314,23 +310,11 @@ class _Student:
 
     def run(self, layer: Any, number: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A batch through the layer: what goes into down_proj (B, T, K), and the layer's output (B, T, D)."""
-        hidden_states, arguments = move((self.hidden_states[number], arguments), self._stream.device)
+        hidden_states, arguments = self.call(number, arguments)
         with captured_inputs(layer.mlp.down_proj) as seen:
             output = layer(hidden_states, **arguments)
         return seen[0], output
 
-    def check_addition(self, layer: Any, arguments: dict[str, Any]) -> None:
-        """Errors: the layer's output is not down_proj's output plus something that does not depend on it."""
-        down: nn.Linear = layer.mlp.down_proj
-        inputs, output = self.run(layer, 0, arguments)
-        handle = down.register_forward_hook(lambda _module, _inputs, added: torch.zeros_like(added))
-        try:
-            without = self.run(layer, 0, arguments)[1]
-        finally:
-            handle.remove()
-        added = down(inputs)
-        if float((output - without - added).norm()) > _MAX_BEND * float(added.norm()):
-            raise EvlaError(
-                "This decoder changes what mlp.down_proj gives before it adds it (a norm after the MLP, as in Gemma2): "
-                "there is no closed form; prune it without --refit."
-            )
+    def call(self, number: int, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What the layer is called with for a batch, on the device."""
+        return move((self.hidden_states[number], arguments), self._stream.device)

@@ -437,7 +437,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     ),
     "refit on one sample": (
         f"{PRUNE} --drop-layers 1 --refit --samples samples --num-samples 1",
-        "--refit needs at least 2 samples",
+        "at least 2 samples are needed",
     ),
     "refit on a device that is none": (
         f"{PRUNE} --drop-layers 1 --refit --samples samples --device abacus",

@@ -27,6 +27,7 @@ from evla_cli.models.skeleton import assign_weights, checked_skeleton, drop_weig
 from evla_cli.models.tiled_linear import tile_linear
 from evla_cli.models.upload import Upload
 
+_MAX_BEND = 0.05  # rounding gives 1e-6; a norm after the MLP changes its output altogether
 _Read = tuple[dict[str, Tensor], torch.cuda.Event | None]
 
 
@@ -211,6 +212,29 @@ def captured_inputs(module: nn.Module | None) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def check_mlp_is_added(layer: Any, hidden_states: Tensor, arguments: dict[str, Any]) -> None:
+    """What a closed form for `mlp.down_proj` rests on: the layer gives its output plus what does not depend on it.
+
+    Errors: it does not, or there is no such layer.
+    """
+    down = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    if not isinstance(down, nn.Linear):
+        raise EvlaError("The decoder's layers have no mlp.down_proj that could be refit.")
+    with captured_inputs(down) as seen:
+        output = layer(hidden_states, **arguments)
+    handle = down.register_forward_hook(lambda _module, _inputs, added: torch.zeros_like(added))
+    try:
+        without = layer(hidden_states, **arguments)
+    finally:
+        handle.remove()
+    added = down(seen[0])
+    if float((output - without - added).norm()) > _MAX_BEND * float(added.norm()):
+        raise EvlaError(
+            "This decoder changes what mlp.down_proj gives before it adds it (a norm after the MLP, as in Gemma2): "
+            "there is no closed form to refit it; leave out --refit and --layer-method refit-aware."
+        )
 
 
 class _Recorder(nn.Module):
