@@ -8,7 +8,9 @@ Every job is a process of its own. Its anonymous memory (RssAnon: what only this
 disk is the system's count. "Cold" means that the source's pages were dropped from the page cache before, "warm" that it
 was read through once. The baselines: `cp` for what writes a checkpoint, one forward pass of the wholly loaded model
 over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted). "prune"
-follows a plan; "decide+prune" chooses layers and rows first, by importance and by magnitude.
+follows a plan; "decide+prune" chooses layers and rows first, by importance and by magnitude. "refit", which only runs
+where `--jobs` names it (most of an hour), is "decide+prune" with `--refit` on the same samples, in float32, against the
+forward pass.
 """
 
 import argparse
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--importance", type=Path, help="of this source; default: made by the analyze job")
     parser.add_argument("--drop-layers", type=int, default=10)
     parser.add_argument("--num-keep", type=int, default=56, help="visual tokens")
-    parser.add_argument("--jobs", default=",".join(JOBS), help="comma-separated, of " + ", ".join(JOBS))
+    parser.add_argument("--jobs", default=",".join(JOBS), help="comma-separated, of refit, " + ", ".join(JOBS))
     parser.add_argument("--cache", default="cold,warm")
     arguments = parser.parse_args()
     jobs = arguments.jobs.split(",")
@@ -159,6 +161,8 @@ def main() -> None:
         shutil.copyfile(pruned / "prune_plan.yaml", plan)
     run("prune", [*EVLA, "prune", str(source), str(pruned), "--plan", str(plan)], source, compare="cp", keep=pruned)
     export = [*EVLA, "export", str(pruned), str(bundle), "--num-visual-tokens", str(arguments.num_keep)]
+    refit = [*decide, "--refit", *samples, *same[:4], "--memory-budget", "256MB"]
+    run("refit", [*EVLA, "prune", str(source), str(pruned), *refit], source, compare="bare", keep=pruned)
     run("export", export, pruned, compare="cp", keep=bundle)
     run("verify", [*EVLA, "verify", str(bundle)], bundle, compare="cp")
     run("act", [*this, "act", str(bundle), *samples], bundle)
