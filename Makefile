@@ -30,9 +30,11 @@ report: $(STAMP)  ## Pictures of the demo on one page: out/report/index.html
 	$(BIN)/evla report out/demo --dense demo/cogact-metaworld --samples demo/samples --dtype float32 \
 		-o out/report --overwrite
 
-eval-table: $(VENV)/.metaworld  ## The paper's table on the demo model: 8 rows, EPISODES=100 a task (half an hour)
+eval-table: out/demo-samples/samples.jsonl  ## The paper's table on the demo, and refit: 10 rows, EPISODES=100 a task (40 min)
 	$(BIN)/evla run configs/demo.yaml
 	$(BIN)/evla run configs/eval/demo_l9.yaml
+	$(BIN)/evla run configs/demo_refit.yaml
+	$(BIN)/evla run configs/demo_recommended.yaml
 	$(BIN)/evla eval configs/eval/demo_table.yaml $(METAWORLD) -o out/demo-table.jsonl
 
 eval-contrasts: $(VENV)/.metaworld  ## Right against wrong layers, tokens, steps; EPISODES=100 a task (an hour)
@@ -43,6 +45,9 @@ eval-contrasts: $(VENV)/.metaworld  ## Right against wrong layers, tokens, steps
 $(VENV)/.metaworld: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	touch $@
+
+out/demo-samples/samples.jsonl: | $(VENV)/.metaworld
+	$(BIN)/python scripts/record_demo_samples.py out/demo-samples --frames 480
 
 test: $(STAMP)  ## The test suite (minutes)
 	$(BIN)/python -m pytest -m 'not slow and not fuzz'
