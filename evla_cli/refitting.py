@@ -187,6 +187,7 @@ class _Walk:
         judging = [number for number, judges in enumerate(self._judges) if bool(judges.any())]
         self._plain = _Student(stream, begin, judging, memory_budget)
         self._checked = False
+        self._ridge: float | None = None  # of the layer before: where the search for the next one's begins
 
     def pass_through(self, layer: Any, arguments: list[dict[str, Any]], stored: torch.dtype) -> Fit:
         """Fit the layer to the teacher, and take all hidden states through it: the fit that is to be written."""
@@ -220,7 +221,9 @@ class _Walk:
             squares = sum(squared_error(inputs, residual, change, counts) for inputs, residual, counts in rows)
             return math.sqrt(squares / total)
 
-        return best_fit(lambda ridge: _changed(down.weight, equations.solution(ridge), stored), error)
+        fit = best_fit(lambda ridge: _changed(down.weight, equations.solution(ridge), stored), error, start=self._ridge)
+        self._ridge = fit.ridge
+        return fit
 
     def _equations(self, rows: Iterator[_Rows], down: nn.Linear) -> NormalEquations:
         equations = NormalEquations(down.in_features, down.out_features, down.weight.device)
