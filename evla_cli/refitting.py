@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from evla_cli.calibration import hold_out, load_samples, samples_sha256
-from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, is_finite
+from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, give_back_freed_memory, is_finite
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
@@ -113,6 +113,8 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
             if fit.weight is not None:
                 name = f"{checkpoint.layer_prefix}.{position}.mlp.down_proj.weight"
                 weights[name] = LazyTensor.of(done.hold(fit.weight.cpu()))
+            del fit
+            give_back_freed_memory()
             bar.update()
     final = walk.final_errors(stream.load_part(f"{checkpoint.family.decoder}.norm"))
     before, after = list(final.values())[-1]

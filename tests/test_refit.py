@@ -123,7 +123,7 @@ class TestGuard:
             (0.1, 0.1, [None, 0.03, 0.1, 0.3]),
             (0.03, 0.01, [None, 0.01, 0.03, 0.003]),  # from where the layer before was
             (0.003, 0.01, [None, 1e-3, 0.003, 0.01, 0.03]),  # to less change, where more is no better
-            (1e-4, None, [None, 1e-4, 3e-4]),  # worse than no change, and no way out
+            (1e-4, None, [None, 3e-4, 1e-4]),  # worse than no change, and no way out
         ],
     )
     def test_it_walks_while_that_makes_it_better(self, start, best, expected):

@@ -119,12 +119,10 @@ def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Itera
 @contextmanager
 def _freed_memory_kept() -> Iterator[None]:
     """Let the C library hand out again what one tensor was in for the next, instead of new pages, which the system
-    clears first: that takes eight times as long as picking the rows that are put there. Afterwards all of it goes back:
-    where tensors of many sizes come and go, as in a refit, what is kept would fall to pieces and grow. No effect but on
-    glibc."""
-    library = ctypes.CDLL(None)
-    mallopt, malloc_trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
-    if mallopt is None or malloc_trim is None:
+    clears first: that takes eight times as long as picking the rows that are put there. Afterwards all of it goes back.
+    No effect but on glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
         yield
         return
     mallopt(_M_ARENA_MAX, 1)  # other arenas than the first have no room for large tensors
@@ -135,6 +133,14 @@ def _freed_memory_kept() -> Iterator[None]:
     finally:
         for option, size in _MALLOC_DEFAULTS.items():
             mallopt(option, size)
+        give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what the C library keeps between pieces that are in use: 1.5 GB and more, after tensors of
+    many sizes have come and gone. No effect but on glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
         malloc_trim(0)
 
 
