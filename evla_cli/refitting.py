@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from evla_cli.calibration import hold_out, load_samples, samples_sha256
-from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, is_finite
+from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, give_back_freed_memory, is_finite
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
@@ -113,6 +113,8 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
             if fit.weight is not None:
                 name = f"{checkpoint.layer_prefix}.{position}.mlp.down_proj.weight"
                 weights[name] = LazyTensor.of(done.hold(fit.weight.cpu()))
+            del fit
+            give_back_freed_memory()
             bar.update()
     final = walk.final_errors(stream.load_part(f"{checkpoint.family.decoder}.norm"))
     before, after = list(final.values())[-1]
@@ -187,6 +189,7 @@ class _Walk:
         judging = [number for number, judges in enumerate(self._judges) if bool(judges.any())]
         self._plain = _Student(stream, begin, judging, memory_budget)
         self._checked = False
+        self._ridge: float | None = None  # of the layer before: where the search for the next one's begins
 
     def pass_through(self, layer: Any, arguments: list[dict[str, Any]], stored: torch.dtype) -> Fit:
         """Fit the layer to the teacher, and take all hidden states through it: the fit that is to be written."""
@@ -220,7 +223,9 @@ class _Walk:
             squares = sum(squared_error(inputs, residual, change, counts) for inputs, residual, counts in rows)
             return math.sqrt(squares / total)
 
-        return best_fit(lambda ridge: _changed(down.weight, equations.solution(ridge), stored), error)
+        fit = best_fit(lambda ridge: _changed(down.weight, equations.solution(ridge), stored), error, start=self._ridge)
+        self._ridge = fit.ridge
+        return fit
 
     def _equations(self, rows: Iterator[_Rows], down: nn.Linear) -> NormalEquations:
         equations = NormalEquations(down.in_features, down.out_features, down.weight.device)

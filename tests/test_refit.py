@@ -115,16 +115,42 @@ class TestGuard:
     def test_equal_errors_mean_no_change(self):
         assert best_fit(lambda ridge: torch.tensor(ridge), lambda change: 0.0).weight is None
 
-    def test_it_goes_on_until_more_change_makes_it_worse(self):
-        errors = {None: 9.0, 1.0: 9.0, 0.3: 5.0, 0.1: 4.0, 0.03: 6.0, 0.01: 1.0}
+    @pytest.mark.parametrize(
+        ("start", "best", "expected"),
+        [
+            (None, 0.1, [None, 1.0, 0.3, 0.1, 0.03]),  # from no change on until more makes it worse
+            (0.3, 0.1, [None, 0.1, 0.3, 0.03]),
+            (0.1, 0.1, [None, 0.03, 0.1, 0.3]),
+            (0.03, 0.01, [None, 0.01, 0.03, 0.003]),  # from where the layer before was
+            (0.003, 0.01, [None, 1e-3, 0.003, 0.01, 0.03]),  # to less change, where more is no better
+            (1e-4, None, [None, 3e-4, 1e-4]),  # worse than no change, and no way out
+        ],
+    )
+    def test_it_walks_while_that_makes_it_better(self, start, best, expected):
+        errors = {
+            None: 9.0,
+            1.0: 9.0,
+            0.3: 5.0,
+            0.1: 4.0,
+            0.03: 6.0,
+            0.01: 1.0,
+            3e-3: 2.0,
+            1e-3: 30.0,
+            3e-4: 40.0,
+            1e-4: 20.0,
+        }
         asked = []
 
         def error(change: torch.Tensor | None) -> float:
             asked.append(None if change is None else change.item())
             return errors[asked[-1]]
 
-        best = best_fit(lambda ridge: torch.tensor(ridge, dtype=torch.float64), error)
-        assert (best.ridge, best.errors, asked) == (0.1, (9.0, 4.0), [None, 1.0, 0.3, 0.1, 0.03])
+        found = best_fit(lambda ridge: torch.tensor(ridge, dtype=torch.float64), error, start=start)
+        assert (found.ridge, found.errors, asked) == (best, (9.0, errors[best]), expected)
+
+    def test_too_small_a_ridge_is_left_again(self):
+        weights = {ridge: torch.tensor(ridge) if ridge > 0.05 else None for ridge in RIDGES}
+        assert best_fit(weights.get, lambda change: 1.0 if change is None else float(change), start=0.01).ridge == 0.1
 
 
 PRUNED = {"drop_ids": [2, 3], "mlp_prune_ratio": 0.5, "mlp_method": "random"}

@@ -3,8 +3,8 @@
 import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, TypeVar
 
@@ -78,6 +78,7 @@ _BITS = {
     torch.float16: (torch.int16, 0x7C00),
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_MALLOC_DEFAULTS = {_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26}  # what glibc's own arrive at
 # numpy lets no other thread run while it works on fewer elements than 500. If the mapped file were cut short meanwhile,
 # no thread could say so: such tensors are copied first, by torch.
 _SMALL_ELEMENTS = 1000
@@ -100,12 +101,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Iterator[tuple[str, T]]:
     """Each tensor in turn, checked by `load_finite`, as `prepare` makes it; a thread prepares the next meanwhile."""
-    _keep_freed_memory()
 
     def load(name: str) -> T:
         return prepare(name, load_finite(name, tensors[name]))
 
-    with ThreadPoolExecutor(1, "evla-next-tensor") as reader:
+    with _freed_memory_kept(), ThreadPoolExecutor(1, "evla-next-tensor") as reader:
         pending: list[tuple[str, Future[T]]] = []
         for name in tensors:
             pending.append((name, reader.submit(load, name)))
@@ -116,15 +116,32 @@ def prepared(tensors: LazyTensors, prepare: Callable[[str, Tensor], T]) -> Itera
             yield done, future.result()
 
 
-@cache
-def _keep_freed_memory() -> None:
+@contextmanager
+def _freed_memory_kept() -> Iterator[None]:
     """Let the C library hand out again what one tensor was in for the next, instead of new pages, which the system
-    clears first: that takes eight times as long as picking the rows that are put there. No effect but on glibc."""
+    clears first: that takes eight times as long as picking the rows that are put there. Afterwards all of it goes back.
+    No effect but on glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            mallopt(option, 2**30)
-        mallopt(_M_ARENA_MAX, 1)  # other arenas than the first have no room for large tensors
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_ARENA_MAX, 1)  # other arenas than the first have no room for large tensors
+    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        mallopt(option, 2**30)
+    try:
+        yield
+    finally:
+        for option, size in _MALLOC_DEFAULTS.items():
+            mallopt(option, size)
+        give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what the C library keeps between pieces that are in use: 1.5 GB and more, after tensors of
+    many sizes have come and gone. No effect but on glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

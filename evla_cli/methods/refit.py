@@ -12,6 +12,7 @@ that least squares overfits small calibration sets. Hence lambda is what serves 
 all is one of the candidates.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -104,20 +105,30 @@ def best_fit(
     weight: Callable[[float], Tensor | None],
     error: Callable[[Tensor | None], float],
     ridges: Sequence[float] = RIDGES,
+    start: float | None = None,
 ) -> Fit:
-    """The weight of least `error` among no change and those of the ridges, from hardly any change on until more change
-    makes it worse; of equal ones the one that changes least."""
+    """The weight of least `error` that is found among no change and those of the ridges, walking from `start` (None: no
+    change) to more change for as long as it makes it no worse, else to less; of equal ones the one that changes least.
+    """
     before = error(None)
-    best = Fit(None, None, (before, before))
-    for ridge in ridges:
-        candidate = weight(ridge)
-        if candidate is None:
-            break
-        left = error(candidate)
-        if left > best.errors[1]:
-            break
-        if left < best.errors[1]:
-            best = Fit(ridge, candidate, (before, left))
+    tried = {0: before}  # by place: no change, then each ridge
+    best, best_place = Fit(None, None, (before, before)), 0
+
+    def left(place: int) -> float:
+        nonlocal best, best_place
+        if place not in tried:
+            ridge = ridges[place - 1]
+            candidate = weight(ridge)
+            tried[place] = math.inf if candidate is None else error(candidate)
+            if (tried[place], place) < (best.errors[1], best_place):
+                best, best_place = Fit(ridge, candidate, (before, tried[place])), place
+        return tried[place]
+
+    first = place = 0 if start is None else 1 + list(ridges).index(start)
+    while place < len(ridges) and left(place + 1) <= left(place) < math.inf:
+        place += 1
+    while place == first > 0 and left(place - 1) <= left(place):
+        first = place = place - 1
     return best
 
 

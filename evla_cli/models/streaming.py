@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from evla_cli.calibration import Sample
-from evla_cli.checkpoint.tensors import is_finite, load_finite
+from evla_cli.checkpoint.tensors import give_back_freed_memory, is_finite, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, Tower
 from evla_cli.models.scratch import Scratch, move
@@ -94,6 +94,7 @@ class DecoderStream:
             self.batches.append(batch if scratch is None else replace(batch, **scratch.hold(vars(batch))))
         for module in self._model.children():
             drop_weights(module)
+        give_back_freed_memory()
 
     @property
     def config(self) -> Any:
