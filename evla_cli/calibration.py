@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _EXAMPLES = {"image": '{"image": "0001.png", "instruction": "open the drawer"}', "text": '{"text": "..."}'}
+_HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _MAX_PIXELS = 34_000_000  # a frame in 8K; more is a decompression bomb
 _MAX_SIDE = 65_535  # Pillow needs memory for every row
 _MAX_BYTES = 4 * _MAX_PIXELS
 # Pillow also reads PostScript and the like, by running another program on the file.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
-_HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # of 8 bits, or less, a channel
 
 
