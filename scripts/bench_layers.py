@@ -9,9 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_perplexity import NUM_CALIBRATION, NUM_EVALUATION, measure, pieces, print_row
-from torch import Tensor
+from bench_perplexity import evaluation, measure, print_row, python_pieces
 from transformers import AutoTokenizer
 
 from evla_cli import pipeline
@@ -30,12 +28,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--licence", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="As given to bench_perplexity.py.")
     parser.add_argument("--methods", nargs="+", default=LAYER_METHODS, choices=LAYER_METHODS)
     parser.add_argument("--num-samples", type=int, help="To choose layers on; refit uses all.")
     arguments = parser.parse_args()
     set_quiet(True)
     model, samples = arguments.out / "model", arguments.out / "calibration.jsonl"
-    evaluated = texts(model, arguments.licence)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    evaluated = evaluation(tokenizer, python_pieces(tokenizer, arguments.shuffle), arguments.licence)
     importance, pruned = arguments.out / "importance.json", arguments.out / "pruned"
     if not importance.is_file():
         pipeline.analyze_to_file(model, samples, importance, with_activations=True)
@@ -56,18 +56,6 @@ def main() -> None:
                     **options,
                 )
                 print_row(name + (", refit" if refit else ""), measure(pruned, evaluated))
-
-
-def texts(model: Path, licence: Path) -> dict[str, Tensor]:
-    """What `bench_perplexity.py` evaluates on: what follows the calibration, and a text of another kind."""
-    from pydoc_data.topics import topics
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    python = pieces(tokenizer, "\n".join(topics.values()))
-    return {
-        "pydoc": torch.stack(python[NUM_CALIBRATION : NUM_CALIBRATION + NUM_EVALUATION]),
-        "licence": torch.stack(pieces(tokenizer, licence.read_text())[:NUM_EVALUATION]),
-    }
 
 
 if __name__ == "__main__":

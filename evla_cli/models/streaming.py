@@ -188,6 +188,7 @@ class DecoderStream:
                     weight = self._read_weight(name + key)
                     self._upload.wait(self._upload.done(), [weight])
                     module._parameters[key] = nn.Parameter(weight, requires_grad=False)
+            give_back_freed_memory()  # else what stays lies scattered in it, and the heap grows block by block
 
         handles = [
             module.register_forward_pre_hook(lambda module, _, name=name: load(f"{name}." if name else "", module))

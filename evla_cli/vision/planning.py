@@ -121,9 +121,9 @@ def _with_rows(
     blocks = checkpoint.family.towers[name].blocks
 
     def read_mlp(block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(F, D), (F, 1), (D, F): no second matrix gates the first, which its norm of 1 says."""
+        """(F, D), (F, 1), (D, F): no second matrix gates the first, which its zeros say."""
         rows, columns = (checkpoint.weights[f"{blocks}.{block}.mlp.{fc}.weight"].load() for fc in ("fc1", "fc2"))
-        return rows, rows.new_ones(len(rows), 1), columns
+        return rows, rows.new_zeros(len(rows), 1), columns
 
     def read(block: int) -> Tensor:
         assert read_rms is not None
