@@ -122,7 +122,8 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     report = settings | {"helps": helps, "final_rms": final, "layers": layers}
     if towers is None:
         return weights if helps else {}, report
-    return towers.weights | (weights if helps else {}), report | {"vision": towers.report}
+    report |= {"vision": towers.report, "vision_final_rms": towers.final_rms}
+    return towers.weights | (weights if helps else {}), report
 
 
 def _pruned_layers(stream: DecoderStream, plan: PrunePlan) -> Iterator[tuple[int, nn.Module, list[dict[str, Any]]]]:

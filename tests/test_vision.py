@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from test_refit import ridge_reference
 
+import evla_cli.vision.refitting as vision_refitting
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
 from evla_cli.cli.main import cli
@@ -338,16 +339,36 @@ class TestRefit:
                 ridges.add(best)
         assert ridges != {None}
 
-    def test_features_come_nearer_to_the_dense_ones(self, run, image_samples, refit):
+    def test_features_come_nearer_to_the_dense_ones(self, run, image_samples, refit, pruned):
         """On the held-out sample, by the report's account and by the written checkpoint's."""
         plan = PrunePlan.load(refit / "prune_plan.yaml")
-        dense, ours = (features(model64(directory), image_samples)[4] for directory in (run, refit))
+        dense, ours, plain = (features(model64(directory), image_samples)[4] for directory in (run, refit, pruned))
         at = 0
         for name, width in (("dino", 48), ("siglip", 48)):
-            entry = plan.how["refit_report"]["vision"][name][plan.vision[name].keep_layers[-2]]
-            rms = float((ours - dense)[:, at : at + width].square().mean().sqrt())
-            assert rms == pytest.approx(entry["held_out_rms"][1], rel=1e-4)
+            report = plan.how["refit_report"]
+            entry = report["vision"][name][plan.vision[name].keep_layers[-2]]
+            rms = [float((each - dense)[:, at : at + width].square().mean().sqrt()) for each in (plain, ours)]
+            assert rms[1] == pytest.approx(entry["held_out_rms"][1], rel=1e-4)
+            assert rms == pytest.approx(report["vision_final_rms"][name], rel=1e-4)
+            assert rms[1] < rms[0]
             at += width
+
+    def test_a_tower_that_refit_moves_away_stays_as_it_was(self, run, importance, image_samples, tmp_path, monkeypatch):
+        """Blocks that each come nearer can still end farther off; here the last one is made to."""
+        final_rms = vision_refitting._Student.final_rms
+
+        def farther(student):
+            return final_rms(student)[::-1] if student._scale is None else final_rms(student)
+
+        monkeypatch.setattr(vision_refitting._Student, "final_rms", farther)
+        options = RefitOptions(image_samples, batch_size=3)
+        result = pipeline.prune(run, tmp_path / "refit", importance=importance, vision=PRUNED, refit=options)
+        pipeline.prune(run, tmp_path / "plain", importance=importance, vision=PRUNED)
+        ours, plain = (open_checkpoint(tmp_path / name).weights for name in ("refit", "plain"))
+        changed = {key.partition(".")[0] for key in ours if not torch.equal(ours[key].load(), plain[key].load())}
+        assert "dino" in changed
+        assert "siglip" not in changed
+        assert "does not bring the features of siglip nearer" in prune_table(result)
 
     def test_the_decoder_makes_up_for_the_towers(self, run, importance, image_samples, refit, tmp_path):
         """The written last layer is numpy's least squares behind everything before it, from pixels on, on all

@@ -130,10 +130,15 @@ def refit_table(report: dict[str, Any]) -> str:
         before, after = entry["held_out_rms"]
         ridge = "unchanged" if entry["ridge"] is None else f"{entry['ridge']:g}"
         rows.append([f"{stack}{layer}", f"{before:.5f}", f"{after:.5f}", ridge])
-    for kind, (before, after) in report["final_rms"].items():
-        rows.append([f"end, {kind}", f"{before:.5f}", f"{after:.5f}", ""])
+    towers = report.get("vision_final_rms", {})
+    ends = {f"{name} features": rms for name, rms in towers.items()}
+    ends |= {f"end, {kind}": rms for kind, rms in report["final_rms"].items()}
+    for end, (before, after) in ends.items():
+        rows.append([end, f"{before:.5f}", f"{after:.5f}", ""])
     note = f"Distance of hidden states from the dense model's on {report['num_held_out']} held-out samples of "
     note += f"{report['num_samples']}, without refit and with it."
+    for name in [name for name, (before, after) in towers.items() if after >= before]:
+        note += f"\nRefit does not bring the features of {name} nearer: all weights of this tower stay as they were."
     if not report["helps"]:
         judging = list(report["final_rms"])[-1]
         which = "all weights of the decoder" if "vision" in report else "all weights"

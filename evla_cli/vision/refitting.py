@@ -10,8 +10,11 @@ patches alone count there, all positions before. With LayerScale a block adds g 
 
 has the solution of the plain problem divided by g, row by row; rows with g = 0 stay.
 
+A block judges itself by held-out samples, and so does the whole: features that refit did not bring nearer to the dense
+tower's than pruning alone had left them leave all of the tower's weights as they were.
+
 Held are one block of the dense tower and of the pruned one, the next one being read, two sets of hidden states of one
-tower, one Gram matrix, and the rows of one block that judge.
+tower and the held-out part of a third, one Gram matrix, and the rows of one block that judge.
 """
 
 import copy
@@ -44,11 +47,14 @@ class RefitTowers:
         checkpoint: the source with its towers pruned and refit, and its decoder as it was; nothing is written of it.
         weights: those that change, under their names in the pruned checkpoint.
         report: tower -> source block -> as for the decoder's layers.
+        final_rms: tower -> root mean square distance of its features from the dense ones on held-out samples, pruned
+            and refit. Where the second is not the smaller one, the tower is not refit.
     """
 
     checkpoint: Checkpoint
     weights: LazyTensors
     report: dict[str, dict[int, dict[str, Any]]]
+    final_rms: dict[str, list[float]]
 
 
 @torch.inference_mode()
@@ -65,6 +71,7 @@ def refit_towers(
     family = checkpoint.family
     changed: dict[str, LazyTensors] = {}
     report: dict[str, dict[int, dict[str, Any]]] = {}
+    final: dict[str, list[float]] = {}
     done = Scratch(_IN_MEMORY_BYTES)
     for name, stack in plan.vision.items():
         tower = family.towers[name]
@@ -79,6 +86,9 @@ def refit_towers(
                 for kind, tensor in fit.parameters.items():
                     changed[name][f"{position}.mlp.fc2.{kind}"] = LazyTensor.of(done.hold(tensor.cpu()))
                 bar.update()
+        before, after = final[name] = student.final_rms()
+        if after >= before:
+            changed[name] = {}
     towers_alone = plan.of_towers()
     weights = prune_weights(checkpoint.weights, towers_alone, family.decoder_layers, family.tower_prefixes)
     pruned = replace(
@@ -86,7 +96,7 @@ def refit_towers(
         config=prune_config(checkpoint.config, family, towers_alone),
         weights=weights | _named(changed, family.tower_prefixes),
     )
-    return RefitTowers(pruned, _named(changed, checkpoint.tower_prefixes), report)
+    return RefitTowers(pruned, _named(changed, checkpoint.tower_prefixes), report, final)
 
 
 def _named(changed: dict[str, LazyTensors], prefixes: dict[str, tuple[str, ...]]) -> LazyTensors:
@@ -142,7 +152,8 @@ def _narrowed(block: nn.Module, channels: tuple[int, ...] | None) -> nn.Module:
 
 
 class _Student:
-    """The samples' hidden states in the pruned tower; the first `num_fit` samples are fit to, the others judge."""
+    """The samples' hidden states in the pruned tower; the first `num_fit` samples are fit to, the others judge. Those
+    that judge go through the tower without refit, too."""
 
     def __init__(self, stream: DecoderStream, tower: Tower, num_fit: int, num_prefix: int, memory_budget: int | None):
         self._stream, self._scale, self._num_prefix = stream, tower.scale, num_prefix
@@ -150,6 +161,8 @@ class _Student:
         self._hidden_states = [held.hold(batch.hidden_states.clone()) for batch in stream.batches]
         counts = [len(batch.hidden_states) for batch in stream.batches]
         self._num_fit = [min(max(num_fit - sum(counts[:n]), 0), count) for n, count in enumerate(counts)]
+        judging = [number for number, count in enumerate(counts) if self._num_fit[number] < count]
+        self._plain = {number: held.hold(stream.batches[number].hidden_states.clone()) for number in judging}
 
     def pass_through(
         self, block: Any, arguments: list[dict[str, Any]], stored: dict[str, torch.dtype], last: bool
@@ -157,11 +170,13 @@ class _Student:
         """Fit the block to the teacher, then take the hidden states through it."""
         fc2: nn.Linear = block.mlp.fc2
         begin = self._num_prefix if last else 0
+        for number, hidden_states in self._plain.items():
+            hidden_states.copy_(self._run(block, hidden_states, arguments[number])[1])
         fit = self._fit(block, fc2, arguments, stored, begin)
         for kind, tensor in fit.parameters.items():
             setattr(fc2, kind, nn.Parameter(tensor.to(getattr(fc2, kind)), requires_grad=False))
         for number, hidden_states in enumerate(self._hidden_states):
-            hidden_states.copy_(self._run(block, number, arguments[number])[1])
+            hidden_states.copy_(self._run(block, hidden_states, arguments[number])[1])
             if not is_finite(hidden_states):
                 raise EvlaError("The pruned tower gives NaN or infinite hidden states; it cannot be refit.")
         return fit
@@ -206,15 +221,28 @@ class _Student:
             chosen = slice(0, num_fit) if to_fit else slice(num_fit, None)
             if len(batch.hidden_states[chosen]) == 0:
                 continue
-            inputs, output = self._run(block, number, arguments[number])
+            inputs, output = self._run(block, self._hidden_states[number], arguments[number])
             teacher, _ = self._stream.on_device(batch)
             inputs = torch.cat((inputs, torch.ones_like(inputs[..., :1])), dim=2)
             residual = teacher - output
             yield inputs[chosen, begin:].flatten(0, 1), residual[chosen, begin:].flatten(0, 1)
 
-    def _run(self, block: Any, number: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def final_rms(self) -> list[float]:
+        """How far the features are from the teacher's after the last block on the samples that judge, without refit
+        and with it: root mean square over patches and dimensions."""
+        squares, count = [0.0, 0.0], 0
+        for number, plain in self._plain.items():
+            chosen = (slice(self._num_fit[number], None), slice(self._num_prefix, None))
+            teacher = self._stream.batches[number].hidden_states[chosen]
+            count += teacher.numel()
+            for which, states in enumerate((plain, self._hidden_states[number])):
+                off = (states[chosen] - teacher).contiguous()  # summed in the same order, whatever the towers' layout
+                squares[which] += float(off.double().square().sum())
+        return [math.sqrt(each / count) for each in squares]
+
+    def _run(self, block: Any, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """A batch through the block: what goes into fc2 (B, T, K), and the block's output (B, T, D)."""
-        hidden_states, arguments = move((self._hidden_states[number], arguments), self._stream.device)
+        hidden_states, arguments = move((hidden_states, arguments), self._stream.device)
         with captured_inputs(block.mlp.fc2) as seen:
             output = block(hidden_states, **arguments)
         return seen[0], output
