@@ -28,14 +28,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--licence", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="As given to bench_perplexity.py.")
+    parser.add_argument("--in-order", action="store_true", help="As given to bench_perplexity.py.")
+    parser.add_argument("--seed", type=int, default=0, help="As given to bench_perplexity.py.")
     parser.add_argument("--methods", nargs="+", default=LAYER_METHODS, choices=LAYER_METHODS)
     parser.add_argument("--num-samples", type=int, help="To choose layers on; refit uses all.")
     arguments = parser.parse_args()
     set_quiet(True)
     model, samples = arguments.out / "model", arguments.out / "calibration.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(model)
-    evaluated = evaluation(tokenizer, python_pieces(tokenizer, arguments.shuffle), arguments.licence)
+    python = python_pieces(tokenizer, None if arguments.in_order else arguments.seed)
+    evaluated = evaluation(tokenizer, python, arguments.licence)
     importance, pruned = arguments.out / "importance.json", arguments.out / "pruned"
     if not importance.is_file():
         pipeline.analyze_to_file(model, samples, importance, with_activations=True)

