@@ -351,7 +351,7 @@ def test_frames_that_say_nothing_change_nothing(tmp_path):
         Image.fromarray(noise).save(folder / sample["image"])
     shutil.copy(FRAMES / samples[4]["image"], folder / samples[4]["image"])
     (folder / "samples.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
-    recipe = {"drop_ids": [6, 7, 8], "mlp_prune_ratio": 0.25, "mlp_method": "magnitude"}
+    recipe = {"drop_ids": [6, 7, 8]}
     pipeline.prune(DEMO, tmp_path / "plain", **recipe)
     result = pipeline.prune(DEMO, tmp_path / "refit", refit=RefitOptions(folder), **recipe)
     found = report(tmp_path / "refit")
