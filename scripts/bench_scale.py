@@ -10,7 +10,7 @@ was read through once. The baselines: `cp` for what writes a checkpoint, one for
 over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted). "prune"
 follows a plan; "decide+prune" chooses layers and rows first, by importance and by magnitude. "refit", which only runs
 where `--jobs` names it (most of an hour), is "decide+prune" with `--refit` on the same samples, in float32, against the
-forward pass.
+forward pass; "refit+towers" prunes and refits the vision towers, too, as the recommended recipe does.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--importance", type=Path, help="of this source; default: made by the analyze job")
     parser.add_argument("--drop-layers", type=int, default=10)
     parser.add_argument("--num-keep", type=int, default=56, help="visual tokens")
-    parser.add_argument("--jobs", default=",".join(JOBS), help="comma-separated, of refit, " + ", ".join(JOBS))
+    parser.add_argument("--jobs", default=",".join(JOBS), help="of refit, refit+towers, " + ", ".join(JOBS))
     parser.add_argument("--cache", default="cold,warm")
     arguments = parser.parse_args()
     jobs = arguments.jobs.split(",")
@@ -163,6 +163,9 @@ def main() -> None:
     export = [*EVLA, "export", str(pruned), str(bundle), "--num-visual-tokens", str(arguments.num_keep)]
     refit = [*decide, "--refit", *samples, *same[:4], "--memory-budget", "256MB"]
     run("refit", [*EVLA, "prune", str(source), str(pruned), *refit], source, compare="bare", keep=pruned)
+    towers = [*refit, "--vision-drop-layers", "10", "--vision-mlp-prune-ratio", "0.25"]
+    towers += ["--vision-mlp-method", "magnitude"]
+    run("refit+towers", [*EVLA, "prune", str(source), str(pruned), *towers], source, compare="bare", keep=pruned)
     run("export", export, pruned, compare="cp", keep=bundle)
     run("verify", [*EVLA, "verify", str(bundle)], bundle, compare="cp")
     run("act", [*this, "act", str(bundle), *samples], bundle)
