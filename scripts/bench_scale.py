@@ -10,7 +10,7 @@ was read through once. The baselines: `cp` for what writes a checkpoint, one for
 over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted). "prune"
 follows a plan; "decide+prune" chooses layers and rows first, by importance and by magnitude. "refit", which only runs
 where `--jobs` names it (most of an hour), is "decide+prune" with `--refit` on the same samples, in float32, against the
-forward pass; "refit+towers" prunes and refits the vision towers, too, as the recommended recipe does.
+forward pass; "refit+towers" prunes and refits the vision towers, too, to the recommended sizes.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 EVLA = [sys.executable, "-m", "evla_cli"]
 GIB = 2**30
+MORE_JOBS = ("refit", "refit+towers")  # only where they are named
 JOBS = ("help", "cp", "decide+prune", "prune", "export", "verify", "act", "bare", "analyze")
 
 
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--importance", type=Path, help="of this source; default: made by the analyze job")
     parser.add_argument("--drop-layers", type=int, default=10)
     parser.add_argument("--num-keep", type=int, default=56, help="visual tokens")
-    parser.add_argument("--jobs", default=",".join(JOBS), help="of refit, refit+towers, " + ", ".join(JOBS))
+    parser.add_argument("--jobs", default=",".join(JOBS), help=f"comma-separated, of {', '.join((*MORE_JOBS, *JOBS))}")
     parser.add_argument("--cache", default="cold,warm")
     arguments = parser.parse_args()
     jobs = arguments.jobs.split(",")
