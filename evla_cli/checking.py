@@ -19,7 +19,14 @@ from evla_cli.errors import CheckFailed, EvlaError
 from evla_cli.families.base import Checkpoint, check_weights
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.models.first_use import loading_on_first_use
-from evla_cli.models.skeleton import NothingOnMeta, build_skeleton, checked_skeleton, drop_weights, expected_shapes
+from evla_cli.models.skeleton import (
+    NothingOnMeta,
+    build_skeleton,
+    checked_skeleton,
+    drop_weights,
+    expected_shapes,
+    with_tied,
+)
 from evla_cli.models.tiled_linear import tile_linear
 from evla_cli.plan import PrunePlan, StackPlan
 from evla_cli.progress import progress_bar
@@ -237,7 +244,11 @@ def _run(
     }
     load = _Loader(model, checkpoint.weights, silent)
     try:
-        with loading_on_first_use(model, load), _watched(blocks, watcher, on_block), NothingOnMeta():
+        with (
+            loading_on_first_use(model, load, [*blocks.values()]),
+            _watched(blocks, watcher, on_block),
+            NothingOnMeta(),
+        ):
             return checkpoint.family.try_out(model)
     except EvlaError:
         raise
@@ -287,8 +298,7 @@ class _Loader:
     """Loads weights for float32 arithmetic. Large ones in half precision stay as they are and are widened when used."""
 
     def __init__(self, model: Any, weights: LazyTensors, silent: Mapping[str, tuple[int, ...]]):
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        self._weights = {name: weights[source] for name, source in tied.items() if source in weights} | weights
+        self._weights = with_tied(model, weights)
         self._silent = silent
         self._as_stored: set[str] = set()
         for name, module in model.named_modules():

@@ -70,12 +70,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},
-    "minicpm3": {"head_dim": 8},
+    "minicpm3": {"head_dim": 8, "num_key_value_heads": 4},
     "ministral": {"head_dim": 16},
     "modernbert-decoder": {"local_attention": 8},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 8, "n_groups": 1},
     "recurrent_gemma": {"lru_width": 64},
-    "youtu": {"head_dim": 8},
+    "youtu": {"head_dim": 8, "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Whose text models stand here under a name of their own; built small they would still have billions of parameters.
@@ -150,7 +150,7 @@ def logits_without(
 
 @torch.inference_mode()
 def importance_of(source: Path, texts: Path) -> list[float]:
-    """1 - mean cosine of every layer's input and output, in float64, from hooks on the model as transformers runs it."""
+    """1 - mean cosine of every layer's input and output, in float64, by hooks on the model as transformers runs it."""
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"cli"},
     {"running"},
     {"pipeline"},
-    {"bundling", "choosing", "comparison", "evaluation", "refitting"},
+    {"bundling", "checking", "choosing", "comparison", "evaluation", "refitting"},
     {"runtime", "vision"},
     {"models", "methods"},
     {"families"},

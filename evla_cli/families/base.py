@@ -252,8 +252,8 @@ def check_names(expected: Collection[str], found: Collection[str], where: Path) 
     alone = next((name for name in unknown if re.search(r"\.experts\.\d+\.", name)), None)
     if missing and alone:
         raise EvlaError(
-            f"{where} is a mixture of experts whose experts stand one by one on disk ({alone}). Transformers fuses them "
-            "when it loads; evla takes tensors as they stand, and cannot analyze or prune this kind of model."
+            f"{where} is a mixture of experts whose experts stand one by one on disk ({alone}). Transformers fuses "
+            "them when it loads; evla takes tensors as they stand, and cannot analyze or prune this kind of model."
         )
     if missing and unknown:
         raise EvlaError(

@@ -1,13 +1,15 @@
 """Weights that are loaded when they are first needed: what never runs is never read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 
 @contextmanager
-def loading_on_first_use(model: nn.Module, load: Callable[[Sequence[str]], Sequence[Tensor]]) -> Iterator[None]:
+def loading_on_first_use(
+    model: nn.Module, load: Callable[[Sequence[str]], Sequence[Tensor]], whole: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """Inside the block every module of `model` that is on the meta device gets its weights (parameters, and buffers
     that a checkpoint holds) just before it runs.
 
@@ -16,6 +18,7 @@ def loading_on_first_use(model: nn.Module, load: Callable[[Sequence[str]], Seque
 
     Args:
         load: weights by their names in the model, in this order.
+        whole: modules that get all their weights at once, for parts of them may be used otherwise than by a call.
     """
 
     def prepare(names: dict[str, nn.Module]) -> None:
@@ -33,11 +36,11 @@ def loading_on_first_use(model: nn.Module, load: Callable[[Sequence[str]], Seque
 
     handles = []
     for name, module in model.named_modules():
-        near = {name: module} | {
-            f"{name}.{child}" if name else child: leaf
-            for child, leaf in module.named_children()
-            if next(leaf.children(), None) is None
-        }
+        if module in whole:
+            near = dict(module.named_modules(prefix=name))
+        else:
+            leaves = (child for child in module.named_children() if next(child[1].children(), None) is None)
+            near = {name: module} | {f"{name}.{child}" if name else child: leaf for child, leaf in leaves}
         if any(map(_waiting, near.values())):
             handles.append(module.register_forward_pre_hook(lambda _module, _inputs, near=near: prepare(near)))
     try:

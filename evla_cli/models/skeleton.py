@@ -49,6 +49,12 @@ def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if name not in tied}
 
 
+def with_tied(model: PreTrainedModel, weights: LazyTensors) -> LazyTensors:
+    """The weights under every name that the model has for them, those that a checkpoint leaves out included."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: weights[source] for name, source in tied.items() if source in weights} | weights
+
+
 def load_weights(
     module: nn.Module,
     weights: LazyTensors,
@@ -104,9 +110,7 @@ def load_plain_model(
 ) -> PreTrainedModel:
     """`load_model` with transformers' own linear layers, however slow they are in this dtype."""
     model = checked_skeleton(family, config, weights, where)
-    if len(expected_shapes(model)) < len(model.state_dict()):
-        weights = weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()}
-    load_weights(model, weights, dtype=dtype, device=device)
+    load_weights(model, with_tied(model, weights), dtype=dtype, device=device)
     move_buffers(model, device)
     return model
 
@@ -185,19 +189,18 @@ def _is_unset(buffer: Tensor) -> Tensor:
 
 
 class NothingOnMeta(TorchDispatchMode):
-    """Inside the block no operation takes or gives a tensor on the meta device.
+    """Inside the block no operation takes a tensor on the meta device.
 
     Parameters wait there for their values; a model that asks one of them for its device, and moves an input there,
     would go on with shapes alone, and what it put out would be memory that nobody wrote to.
     """
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
         if _any_on_meta((args, kwargs)):
             raise EvlaError(
                 f"This model computes ({function}) with a weight before it is loaded: it cannot be run part by part."
             )
-        return output
+        return function(*args, **(kwargs or {}))
 
 
 def _any_on_meta(value: Any) -> bool:

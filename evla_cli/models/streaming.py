@@ -25,7 +25,14 @@ from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, Tower
 from evla_cli.models.first_use import loading_on_first_use
 from evla_cli.models.scratch import Scratch, move
-from evla_cli.models.skeleton import NothingOnMeta, assign_weights, checked_skeleton, drop_weights, move_buffers
+from evla_cli.models.skeleton import (
+    NothingOnMeta,
+    assign_weights,
+    checked_skeleton,
+    drop_weights,
+    move_buffers,
+    with_tied,
+)
 from evla_cli.models.tiled_linear import tile_linear
 from evla_cli.models.upload import Upload
 
@@ -74,13 +81,14 @@ class DecoderStream:
         self.checkpoint, self._dtype = checkpoint, dtype
         self._upload = Upload(device)
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
+        self._weights = with_tied(self._model, checkpoint.weights)
         move_buffers(self._model, device)
         for parameter in self._model.parameters():
             parameter.data = parameter.data.to(dtype)  # vision towers ask a weight what dtype their input should have
         # Linear weights in half precision are held as they are, for they need not be widened before they are used.
         self._dtypes: dict[str, torch.dtype] = {}
         for name, module in self._model.named_modules():
-            if type(module) is nn.Linear and (weight := checkpoint.weights.get(f"{name}.weight")):
+            if type(module) is nn.Linear and (weight := self._weights.get(f"{name}.weight")):
                 stored = weight.dtype if dtype == torch.float32 else dtype
                 if tile_linear(module, stored, dtype, device):
                     self._dtypes[f"{name}.weight"] = stored
@@ -89,7 +97,7 @@ class DecoderStream:
         self._embed, self._watch = (family.embed if tower is None else tower.see), watch
         blocks = list(cast(nn.ModuleList, self._model.get_submodule(self._prefix)))
         self._layers, self._idle = (blocks, []) if tower is None else (blocks[:-1], blocks[-1:])
-        self._layer_form = _LayerForm(0 if tower is not None or family.layers_give_tensors else None)
+        self._layer_form = _LayerForm(known=tower is not None or family.layers_give_tensors)
         self._last_parts: list[str] = []
         self._ready: dict[int, dict[str, Tensor]] = {}  # weights of a layer that was run to see what it gives
         scratch = None if memory_budget is None else Scratch(memory_budget)
@@ -176,7 +184,7 @@ class DecoderStream:
         return weights, self._upload.done()
 
     def _read_weight(self, name: str) -> Tensor:
-        lazy = self.checkpoint.weights[name]
+        lazy = self._weights[name]
         return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
 
     def _record(self, samples: list[Sample]) -> Batch:
@@ -187,7 +195,7 @@ class DecoderStream:
         assert self.checkpoint.tokenizer_dir is not None
         like = torch.empty(0, device=self.device, dtype=self._dtype)
         with (
-            loading_on_first_use(self._model, self._load_now),
+            loading_on_first_use(self._model, self._load_now, self._layers[:1]),
             self._watch(self._model),
             _called_after(recorders[-1], owner) as self._last_parts,
             torch.inference_mode(),
@@ -196,6 +204,14 @@ class DecoderStream:
             setattr(owner, attribute, nn.ModuleList([*recorders, *self._idle]))
             try:
                 mask = self._embed(self._model, samples, self.checkpoint.tokenizer_dir, like)
+            except (EvlaError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever a model's own code may raise
+                text = " ".join(str(error).split())[:200]
+                raise EvlaError(
+                    f"{self.checkpoint.root}: transformers' own code cannot run this model on {samples[0].where} "
+                    f"({type(error).__name__}: {text})."
+                ) from error
             finally:
                 setattr(owner, attribute, nn.ModuleList([*self._layers, *self._idle]))
         calls = [recorder.call for recorder in recorders]
@@ -247,9 +263,11 @@ def check_mlp_is_added(layer: Any, hidden_states: Tensor, arguments: dict[str, A
 
 @dataclass
 class _LayerForm:
-    """Of what layers give: how long a tuple, hidden states first; 0 where they give those alone; None until one ran."""
+    """What layers give: a tuple, hidden states first, and what stands `beside` them; or hidden states alone."""
 
-    tuple_length: int | None
+    known: bool
+    gives_tuple: bool = False
+    beside: tuple[Any, ...] = ()
 
 
 class _Recorder(nn.Module):
@@ -272,10 +290,16 @@ class _Recorder(nn.Module):
         layer, form = self.__dict__["layer"], self.__dict__["form"]
         names = list(inspect.signature(layer.forward).parameters)
         self.call = (hidden_states, dict(zip(names[1:], args, strict=False)) | kwargs)
-        if form.tuple_length is None:
+        if any(value is given for value in (*args, *kwargs.values()) for given in form.beside if given is not None):
+            raise EvlaError(
+                f"Layers of this decoder ({type(layer).__name__}) hand on more than hidden states; they cannot be run "
+                "one by one."
+            )
+        if not form.known:
             output = layer(hidden_states, *args, **kwargs)
-            form.tuple_length = len(output) if isinstance(output, tuple) else 0
-        return (hidden_states, *[None] * (form.tuple_length - 1)) if form.tuple_length else hidden_states
+            form.known, form.gives_tuple = True, isinstance(output, tuple)
+            form.beside = output[1:] if form.gives_tuple else ()
+        return (hidden_states, *form.beside) if form.gives_tuple else hidden_states
 
 
 def _hidden_states_alone(_layer: nn.Module, _inputs: Any, output: Any) -> Any:
