@@ -241,4 +241,5 @@ layers with an MLP width of {checkpoint.intermediate_size}; {tokens.num_keep or 
 | `tokenizer.json`, `dataset_statistics.json` | as they came with the source |
 | `prune_plan.yaml` | which layers and channels were removed, and why (where the source was pruned) |
 | `manifest.json` | size and SHA-256 of every file; `evla verify` checks them |
+| `check.json` | what it did where it was made (if it acted there); `evla verify` lets it act again and compares |
 """

@@ -25,11 +25,10 @@ Examples:
 @json_option
 @quiet_option
 def command(bundle: Path, other: Path | None, act: bool, as_json: bool) -> None:
-    """Check a BUNDLE: hashes, weights against the model, settings against the model, and one action on the CPU: as in
-    its check.json, which export wrote. Exit code 1 if anything differs or it cannot act.
+    """Check a BUNDLE: hashes, weights and settings against the model, and one action. Exit code 1 if it differs.
 
-    The action must be the same to the bit where versions, processor and number of threads are those of check.json, and
-    else within 0.0001 (float32) or 0.1 (bfloat16, float16).
+    The bundle acts on the CPU, and the action must be that of its check.json, which export wrote: to the bit where
+    versions, processor and number of threads are the same, else within 0.0001 (float32) or 0.1 (bfloat16, float16).
 
     With --against, say whether two bundles (or pruned checkpoints, or native runs) are the same and, if not, which
     tensors, settings, plan entries or versions differ.
