@@ -122,10 +122,11 @@ def _verified(root: Path, act: bool) -> tuple[dict[str, Any], ActionCheck | None
     """How much was found to be right, and what the bundle did; None for what cannot or need not act. Reads every byte
     once, and a second time what acts and did not stay in the page cache."""
     check_is_bundle(root)
+    ahead, action = None, None
     try:
         bundle = open_manifest(root)
         problem: EvlaError | None = None
-        digests, ahead, action = None, None, None
+        digests = None
         try:
             checkpoint = open_checkpoint(root)
             act = act and checkpoint.layout == "bundle"
