@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
+from evla_cli.bundling import check_export, finish_bundle, write_bundle_files
 from evla_cli.calibration import combined_sha256, load_image, load_samples
 from evla_cli.checking import check_values, fit_packed_layers
 from evla_cli.checkpoint.bundle import write_manifest
@@ -648,9 +648,14 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    act: bool = True,
     on_complete: OnComplete | None = None,
 ) -> dict[str, Any]:
-    """Write a self-contained bundle from a checkpoint that acts; then read it again, for all that `verify` does."""
+    """Write a self-contained bundle from a checkpoint that acts; then read it again, for all that `verify` does.
+
+    Args:
+        act: let the bundle act once and write down what it did, as `check.json`.
+    """
     checkpoint = open_checkpoint(source)
     shard_bytes = parse_size(max_shard_size)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
@@ -661,7 +666,7 @@ def export(
         with _byte_progress("exporting", weights) as on_bytes:
             hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
-        facts = verify_bundle(staging)
+        facts = finish_bundle(staging, act)
         checkpoint.reader.check_unchanged()
         if on_complete:
             on_complete(staging)

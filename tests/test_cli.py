@@ -291,9 +291,9 @@ def test_overwrite_replaces_what_evla_wrote(cogact_run, tmp_path):
 def test_bundle_has_the_documented_files(bundle):
     files = {path.name for path in bundle.iterdir()}
     required = {"config.json", "inference.yaml", "tokenizer.json", "dataset_statistics.json", "README.md"}
-    assert files == required | {"manifest.json", "model.safetensors"}
+    assert files == required | {"manifest.json", "model.safetensors", "check.json"}
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert set(manifest["files"]) == files - {"manifest.json"}
+    assert set(manifest["files"]) == files - {"manifest.json", "check.json"}
 
 
 def test_export_twice_gives_the_same_bytes(bundle, cogact_run, tmp_path):

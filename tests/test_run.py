@@ -104,6 +104,11 @@ def test_changed_checkpoint_runs_everything(done):
     assert done.run() == ["analyze", "prune", "export"]
 
 
+def test_what_the_bundle_did_on_some_machine_is_no_reason(done):
+    (done.out / "bundle/check.json").unlink()
+    assert done.run() == []
+
+
 @pytest.mark.parametrize("damage", ["bundle/README.md", "bundle/model.safetensors"])
 def test_damaged_output_is_made_again(done, damage):
     (done.out / damage).write_text("damaged")

@@ -343,6 +343,26 @@ class TestReadAhead:
         assert _absent(path) == [not warm] * 4 + [False] * 4  # 32 tensors of 2 MiB are kept
         assert torch.equal(torch.cat(held), values)
 
+    def test_what_is_used_again_is_dropped_when_it_is_said(self, tmp_path):
+        path = tmp_path / "f"
+        values = torch.arange(2**24)  # 128 MiB
+        path.write_bytes(tensor_bytes(values))
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not all(_absent(path)):
+                pytest.skip("this file system keeps what it is asked to drop")
+        work = MappedFile(path)
+        pieces = [work.tensor(str(n), torch.int64, (2**18,), n * 2**21, 2**27) for n in range(64)]
+        ahead = ReadAheadHash([path])
+        ahead.follow([work], drop_behind=False)
+        ahead.digests()
+        held = [piece.load() for piece in pieces]
+        assert not any(_absent(path))
+        ahead.drop()
+        assert all(_absent(path))
+        assert torch.equal(torch.cat(held), values)
+
     def test_a_part_that_lies_elsewhere_is_no_progress(self, tmp_path):
         """A projector at the end of the file that is read before the layers: their pages must not be dropped."""
         path = tmp_path / "f"

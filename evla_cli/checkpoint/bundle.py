@@ -14,6 +14,8 @@ from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, 
 
 MANIFEST = "manifest.json"
 SETTINGS = "inference.yaml"
+# What the bundle did where it was made. It depends on that machine, so the manifest must not hold its hash.
+CHECK = "check.json"
 REQUIRED = ("config.json", SETTINGS, "tokenizer.json", "dataset_statistics.json", "README.md")
 
 

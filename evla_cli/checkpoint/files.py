@@ -19,9 +19,9 @@ _MAX_JSON_BYTES = 100_000_000  # the index of a trillion parameters has some ten
 _MAX_YAML_BYTES = 4_000_000  # the plan of a 70 B model has half a million; PyYAML reads a million in some ten seconds
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     try:
-        value = parse_json(read_text(path, _MAX_JSON_BYTES))
+        value = parse_json(read_text(path, max_bytes))
     except ValueError as error:
         raise EvlaError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):

@@ -28,6 +28,9 @@ class ColdRegions:
         region = position // _REGION_BYTES
         return region < len(self._cold) and self._cold[region]
 
+    def drop_all(self, file: MappedFile) -> None:
+        self.drop_before(len(self._cold) * _REGION_BYTES, file)
+
     def drop_before(self, end: int, file: MappedFile) -> None:
         """Those before byte `end` leave the page cache; they are read again if they are used again."""
         first, self._next = self._next, max(self._next, end // _REGION_BYTES)

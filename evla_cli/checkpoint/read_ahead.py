@@ -59,6 +59,8 @@ class ReadAheadHash:
         self._lock = threading.Lock()
         self._used: deque[int] = deque(maxlen=_NUM_RECENT)  # bytes, of all files together, at which the work was
         self._cold: dict[Path, ColdRegions] = {}
+        self._followed: list[MappedFile] = []
+        self._drop_behind = True
         self.read_bytes = 0
         self._hurry = threading.Event()
         self._digests = {path: digest for path, digest in (known or {}).items() if path in self._starts}
@@ -66,11 +68,22 @@ class ReadAheadHash:
         self._thread = threading.Thread(target=self._run, name="evla-read-ahead", daemon=True)
         self._thread.start()
 
-    def follow(self, files: Iterable[MappedFile]) -> None:
-        """The work is where these files are asked for tensors; what lies behind it is dropped from the page cache."""
-        for file in files:
-            if file.path in self._starts:
-                file.on_use = self._use
+    def follow(self, files: Iterable[MappedFile], drop_behind: bool = True) -> None:
+        """The work is where these files are asked for tensors; what lies behind it is dropped from the page cache.
+
+        Args:
+            drop_behind: False where the work will use it again: then `drop` it afterwards.
+        """
+        self._drop_behind = drop_behind
+        self._followed = [file for file in files if file.path in self._starts]
+        for file in self._followed:
+            file.on_use = self._use
+
+    def drop(self) -> None:
+        """Everything that was followed leaves the page cache, but what was in it before."""
+        for file in self._followed:
+            if file.path in self._cold:
+                self._cold[file.path].drop_all(file)
 
     def digests(self) -> dict[Path, str]:
         """The hash of every file. Waits for the thread, which stops waiting for anybody. Errors: OSError."""
@@ -88,7 +101,7 @@ class ReadAheadHash:
             # The work's order is the files', more or less: a part that lies elsewhere must not look like progress.
             done = min(self._used)
             self._allowed = max(self._allowed, done + self._ahead_bytes)
-            if file.path in self._cold:
+            if self._drop_behind and file.path in self._cold:
                 self._cold[file.path].drop_before(min(done, self.read_bytes) - start, file)
 
     def _run(self) -> None:

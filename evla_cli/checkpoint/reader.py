@@ -69,10 +69,10 @@ class CheckpointReader:
         else:
             _ = self.read_ahead
 
-    def start_hashing(self) -> ReadAheadHash:
+    def start_hashing(self, drop_behind: bool = True) -> ReadAheadHash:
         """The same, in order, and the hash of every file as it is now, even if one is known."""
         ahead = self._reading_ahead({})
-        ahead.follow(self._mapped_files())
+        ahead.follow(self._mapped_files(), drop_behind)
         return ahead
 
     def _reading_ahead(self, known: dict[Path, str]) -> ReadAheadHash:

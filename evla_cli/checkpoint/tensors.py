@@ -24,12 +24,14 @@ class LazyTensor:
 
     Attributes:
         file: that holds exactly this tensor's bytes; None for one that is made of them.
+        finite: it is known to hold no NaN and no infinity.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
     file: "MappedFile | None" = None
+    finite: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -49,9 +51,9 @@ class LazyTensor:
         return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "LazyTensor":
+    def of(cls, tensor: Tensor, finite: bool = False) -> "LazyTensor":
         """One that is loaded already."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor, finite=finite)
 
 
 LazyTensors = dict[str, LazyTensor]
@@ -65,7 +67,7 @@ def load_finite(name: str, lazy: LazyTensor) -> Tensor:
         raise AssertionError(f"{name} loads as {tensor.dtype} {tuple(tensor.shape)}, announced as {lazy}")
     if tensor.numel() < _SMALL_ELEMENTS:
         tensor = tensor.clone()
-    if not is_finite(tensor):
+    if not lazy.finite and not is_finite(tensor):
         raise EvlaError(f"{name} holds NaN or infinite values: the checkpoint is damaged or its training diverged.")
     return tensor
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evla_cli.checkpoint.bundle import CHECK
 from evla_cli.checkpoint.files import sha256_file
 from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.tensors import LazyTensors
@@ -207,6 +208,8 @@ class Checkpoint:
     def small_files_sha256(self) -> str:
         """Of everything that is read from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
         paths = sorted(path for pattern in _SMALL_FILES for path in self.root.glob(pattern) if path.is_file())
+        if self.layout == "bundle":  # whose check says what it did on one machine, nothing of what it is
+            paths = [path for path in paths if path.name != CHECK]
         lines = [f"{sha256_file(path)}  {path.relative_to(self.root).as_posix()}\n" for path in paths]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 

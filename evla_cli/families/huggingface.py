@@ -6,7 +6,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
-from evla_cli.checkpoint.bundle import SETTINGS
+from evla_cli.checkpoint.bundle import CHECK, SETTINGS
 from evla_cli.checkpoint.files import copy_file, read_json, write_json
 from evla_cli.checkpoint.outputs import MARKERS
 from evla_cli.checkpoint.reader import open_huggingface_checkpoint
@@ -62,8 +62,8 @@ def open_huggingface(
     ) -> dict[str, str]:
         write_json(dest / "config.json", source.pruned_config(plan))
         hashes = write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
-        # The README of a bundle tells what is in it and how to run it: neither holds any longer.
-        copy_other_files(directory, dest, leave_out={"README.md"} if source.layout == "bundle" else ())
+        # The README of a bundle tells what is in it and how to run it, its check what it did: none of it holds longer.
+        copy_other_files(directory, dest, leave_out={"README.md", CHECK} if source.layout == "bundle" else ())
         return hashes
 
     return Checkpoint(
