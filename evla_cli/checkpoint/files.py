@@ -124,8 +124,13 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
         raise EvlaError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: dict[str, Any], allow_nan: bool = False) -> None:
+    """
+    Args:
+        allow_nan: write `Infinity`, which is no JSON, where the value holds it. Configs do that transformers writes
+            and reads (the `time_step_limit` of Mamba-2 and its kin); nothing of evla's own does.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def write_yaml(path: Path, value: dict[str, Any], comment: str = "") -> None:
