@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from evla_cli.calibration import upright
 from evla_cli.errors import EvlaError
 
 _PROMPT = "In: What action should the robot take to {}?\nOut:"
@@ -150,7 +151,10 @@ def image_tensor(image: Image.Image, size: int, mean: tuple[float, ...], std: tu
 
 
 def to_image(image: Any) -> Image.Image:
-    """A PIL image, or a uint8 array (height, width, 3), as a PIL image."""
+    """A PIL image, or a uint8 array (height, width, 3), as a PIL image. One that is still as `Image.open` returned it is
+    turned as its EXIF data say, so that a file gives the same however it is opened; others are what their pixels are."""
+    if isinstance(image, ImageFile.ImageFile):
+        return upright(image)
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
