@@ -1,8 +1,8 @@
 """Calibration samples as a stream: camera images with instructions, or texts.
 
 A folder with `samples.jsonl`, one `{"image": "frames/0001.png", "instruction": "open the drawer"}` a line and the image
-files beside it; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files are
-read as far as samples are asked for.
+files beside it; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files
+are read as far as samples are asked for.
 """
 
 import hashlib
@@ -155,7 +155,7 @@ def upright(image: "Image") -> "Image":
     image.load()  # before the metadata are looked for: what is wrong with the picture itself is an error
     # Not PIL.ImageOps.exif_transpose, which also writes the EXIF data anew and stumbles over damaged ones.
     try:
-        turn = turns.get(image.getexif().get(_ORIENTATION))
+        turn = turns.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow raises many kinds for damaged metadata; the picture is none the worse for them
         turn = None
     return image if turn is None else image.transpose(turn)

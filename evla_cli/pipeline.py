@@ -381,9 +381,8 @@ def prune(
 def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> PrunePlan:
     """A plan of the size that the options will lead to, for what can be checked before layers are `ranked`."""
     ranking = list(range(source.num_layers)) if ranked else None
-    drop = options.drop_layers or None  # the recipe's default
     num_first = _num_protected(source, options.protect_first)
-    keep = _layers_to_keep(source, ranking, drop, None, options.drop_layer_ids, num_first)
+    keep = _layers_to_keep(source, ranking, options.drop_layers, None, options.drop_layer_ids, num_first)
     width = _width_to_keep(source, options.mlp_prune_ratio)
     mlp_keep = None
     if width < source.intermediate_size:

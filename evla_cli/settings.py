@@ -206,7 +206,7 @@ class AnalyzeRecipe:
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    drop_layers: int = 0
+    drop_layers: int | None = None  # None: those in `drop_layer_ids`
     drop_layer_ids: tuple[int, ...] = ()
     layer_method: str = "cosine"  # all but the default on the samples of `analyze`, and so `objective`
     objective: str = "hidden"
@@ -221,7 +221,8 @@ class PruneRecipe:
     refit_last_weight: float | None = None  # how often a sample's last position counts; None: see RefitOptions
 
     def __post_init__(self) -> None:
-        _at_least("drop_layers", self.drop_layers, 0)
+        if self.drop_layers is not None:
+            _at_least("drop_layers", self.drop_layers, 0)
         _at_least("seed", self.seed, 0)
         _one_of("layer_method", self.layer_method, LAYER_METHODS)
         _one_of("objective", self.objective, OBJECTIVES)

@@ -133,7 +133,9 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             while data := file.readline(_MAX_LINE_BYTES + 1):
                 number += 1
                 if len(data) > _MAX_LINE_BYTES:
-                    raise EvlaError(f"{path}:{number} has more than {_MAX_LINE_BYTES:,} bytes; that is no line of text.")
+                    raise EvlaError(
+                        f"{path}:{number} has more than {_MAX_LINE_BYTES:,} bytes; that is no line of text."
+                    )
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
     except UnicodeDecodeError as error:

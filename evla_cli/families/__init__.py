@@ -30,9 +30,9 @@ def open_checkpoint(path: Path, check_manifest: bool = True) -> Checkpoint:
             return checkpoint
     found = recognized(path)
     raise EvlaError(
-        f"{path} is not a checkpoint that evla knows. {found and f'{found} '}Expected a CogACT run (config.json, dataset_statistics.json, "
-        "checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory (config.json with a "
-        "known model_type, safetensors)."
+        f"{path} is not a checkpoint that evla knows. {found}{' ' if found else ''}Expected a CogACT run (config.json, "
+        "dataset_statistics.json, checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory "
+        "(config.json with a known model_type, safetensors)."
     )
 
 

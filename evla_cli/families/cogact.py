@@ -449,7 +449,7 @@ def _text_config(run: Path, shape: _ShapeReader) -> dict[str, Any]:
     config = {key: given[key] for key in (*known, "max_position_embeddings") if given.get(key) is not None}
     if type(config.get("num_attention_heads")) is not int or config["num_attention_heads"] < 1:
         raise EvlaError(f"{path}: num_attention_heads must be a positive whole number.")
-    head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
+    head_dim = config.get("head_dim", hidden_size // config["num_attention_heads"])
     if type(head_dim) is not int or head_dim < 1:
         raise EvlaError(f"{path}: {config['num_attention_heads']} attention heads do not fit a width of {hidden_size}.")
     return config | {

@@ -1,4 +1,4 @@
-"""How the weights of a checkpoint are quantised, as its config or their names tell. evla works on plain weights alone."""
+"""Whether weights are quantised, and how, as the config or their names tell. evla works on plain weights alone."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,5 +56,5 @@ def _said(entry: Any) -> str:
     for bits in (4, 8):
         if entry.get(f"load_in_{bits}bit"):  # older configs of bitsandbytes name no method
             return f"{method or 'bitsandbytes'}, {bits} bits"
-    bits = next((entry[key] for key in _BITS if type(entry.get(key)) is int), None)
-    return f"{method or 'by an unnamed method'}{'' if bits is None else f', {bits} bits'}"
+    said = next((f", {entry[key]} bits" for key in _BITS if type(entry.get(key)) is int), "")
+    return f"{method or 'by an unnamed method'}{said}"
