@@ -200,6 +200,7 @@ class AnalyzeRecipe:
     position_weights: dict[str, float] = field(default_factory=dict)  # kind of position -> how often it counts
 
     def __post_init__(self) -> None:
+        _not_empty("samples", self.samples)
         _at_least("batch_size", self.batch_size, 1)
         _one_of("dtype", self.dtype, DTYPES)
 
@@ -271,6 +272,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)
+        _not_empty("source", self.source)
+        _not_empty("output", self.output)
         if self.analyze is self.prune is self.export is None:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
         if self.analyze is None and self.prune is not None:
@@ -287,7 +290,11 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> "Recipe":
-        return from_mapping(cls, _read_versioned(path), str(path))
+        record = _read_versioned(path)
+        for stage in ("analyze", "prune", "export"):
+            if stage in record and record[stage] is None:
+                raise EvlaError(f"{path}: {stage} is empty; leave it out, or write {{}} for the stage's defaults.")
+        return from_mapping(cls, record, str(path))
 
 
 def _read_versioned(path: Path) -> dict[str, Any]:
@@ -312,6 +319,11 @@ def _refuse_idle(record: Any, methods: dict[str, tuple[str, ...]]) -> None:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise EvlaError(f"{name} must be at least {least}, got {value}.")
+
+
+def _not_empty(name: str, value: str) -> None:
+    if not value.strip():
+        raise EvlaError(f"{name} is empty; give a path.")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -123,15 +123,13 @@ class CogACTProcessor:
         return ids + self.suffix_ids, marks + [0] * len(self.suffix_ids)
 
     def _unknown_words(self, text: str, encoding: Encoding, begin: int, end: int) -> tuple[str, ...]:
-        """The pieces of `text[begin:end]` that became the unknown token, or no token at all."""
-        known = [
-            range(*offsets)
-            for token_id, offsets in zip(encoding.ids, encoding.offsets, strict=True)
-            if token_id != self._unknown_id
+        """The pieces of `text[begin:end]` that became the unknown token. Where letters become bytes, there are none."""
+        spans = [
+            text[max(first, begin) : min(last, end)]
+            for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token_id == self._unknown_id
         ]
-        missing = set(range(begin, end)).difference(*known)
-        pieces = "".join(text[place] if place in missing else " " for place in range(begin, end)).split()
-        return tuple(dict.fromkeys(pieces))
+        return tuple(dict.fromkeys(span for span in spans if span.strip()))
 
     def _token_id(self, token: str, where: Path) -> int:
         token_id = self.tokenizer.token_to_id(token)
@@ -143,9 +141,8 @@ class CogACTProcessor:
 @cache  # once for the same words, not once a time step
 def _warn_of_unknown(words: tuple[str, ...]) -> None:
     if words:
-        LOG.warning(
-            "The tokenizer has no token for %s: the model cannot read that in the instruction.", ", ".join(words)
-        )
+        named = ", ".join(map(repr, words))
+        LOG.warning("The tokenizer has no token for %s: the model cannot read that in the instruction.", named)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
