@@ -22,6 +22,7 @@ from evla_cli.checkpoint import files
 from evla_cli.checkpoint.reader import open_huggingface_checkpoint
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
+from evla_cli.families import open_checkpoint
 from evla_cli.models import processing
 from evla_cli.models.processing import CogACTProcessor, load_tokenizer, to_image
 from evla_cli.plan import PrunePlan
@@ -124,6 +125,12 @@ class TestWhatIsCopied:
             evla("prune", source, tmp_path / f"{source.name}-1", *DROP)
         evla("prune", tmp_path / "llama-1", tmp_path / "llama-2", "--drop-layer-ids", 3)
         assert caplog.messages == []
+
+    def test_a_recipe_is_followed_anew_where_a_chat_template_changed(self, llama):
+        (llama / "chat_template.jinja").write_text("{{ messages }}")
+        before = open_checkpoint(llama).small_files_sha256()
+        (llama / "chat_template.jinja").write_text("{{ messages[0] }}")
+        assert open_checkpoint(llama).small_files_sha256() != before
 
     @pytest.mark.parametrize("infinity", [float("inf"), {"__float__": "Infinity"}], ids=["JSON", "transformers 5"])
     def test_an_infinite_number_stays_what_it_is(self, infinity, llama, tmp_path):
@@ -466,7 +473,7 @@ class TestGivenIsGiven:
     @pytest.mark.parametrize(
         ("command", "message"),
         [
-            ("eval {run} --suite metaworld --tasks= -o log.jsonl", "Unknown task ''"),
+            ("eval {run} --suite pico_suite:PicoSuite --tasks= -o log.jsonl", "Unknown task ''"),
             ("bench {run} --memory-budget=", "'' is not a size"),
             ("compare {run} {run} --samples {samples} --unnorm-key=", "Unknown --unnorm-key ''"),
             ("predict {run} --image {samples}/0.png --instruction open --unnorm-key=", "Unknown unnorm_key ''"),
@@ -476,6 +483,4 @@ class TestGivenIsGiven:
     )
     def test_options(self, command, message, cogact_run, image_samples, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        if "metaworld" in command:
-            pytest.importorskip("metaworld")
         assert message in refused(*command.format(run=cogact_run, samples=image_samples).split())

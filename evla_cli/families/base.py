@@ -175,13 +175,13 @@ class Checkpoint:
         return config.num_hidden_layers, config.intermediate_size
 
     def small_files_sha256(self) -> str:
-        """Of everything that is read from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
+        """Of what decides the outputs but the weights: configs, statistics, tokenizer, chat templates, plan."""
         paths = sorted(path for pattern in _SMALL_FILES for path in self.root.glob(pattern) if path.is_file())
         lines = [f"{sha256_file(path)}  {path.relative_to(self.root).as_posix()}\n" for path in paths]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-_SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
+_SMALL_FILES = ("*.json", "*.yaml", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*", "llm_config/*")
 
 # Per-layer lists in the configs of decoders; a config with a list of the wrong length does not load.
 LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
