@@ -34,7 +34,8 @@ _CONVERTED = {
     ".csv": _PANDAS.replace("{reader}", "read_csv"),
     ".tsv": _PANDAS.replace("{reader}", "read_table"),
     ".parquet": _PANDAS.replace("{reader}", "read_parquet"),
-    **dict.fromkeys((".arrow", ".feather"), _PANDAS.replace("{reader}", "read_feather")),
+    ".feather": _PANDAS.replace("{reader}", "read_feather"),
+    ".arrow": "datasets.Dataset.from_file('{name}').to_json('samples.jsonl') makes it of a data set",
     **dict.fromkeys((".yaml", ".yml", ".xml", ".html", ".pdf", ".docx", ".xlsx", ".pkl", ".npz"), "convert it"),
     **dict.fromkeys((".gz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".tgz", ".7z"), "unpack it first"),
 }

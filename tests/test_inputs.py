@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evla_cli.calibration import load_samples
-from evla_cli.checkpoint import files
+from evla_cli.checkpoint import files, read_ahead
 from evla_cli.checkpoint.reader import open_huggingface_checkpoint
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
@@ -94,6 +94,11 @@ class TestWhichWeights:
         ours = open_huggingface_checkpoint(llama).tensors
         for name, theirs in AutoModelForCausalLM.from_pretrained(llama).state_dict().items():
             assert torch.equal(ours[name].load(), theirs)
+
+    def test_others_beside_them_are_not_read_ahead(self, llama):
+        shutil.copy(llama / "model.safetensors", llama / "consolidated.safetensors")
+        read_ahead.start_early(llama)
+        assert read_ahead.started_early(open_huggingface_checkpoint(llama).stamps) is not None
 
     def test_weights_named_by_the_config_are_refused(self, llama):
         edit_config(llama, transformers_weights="other.safetensors")

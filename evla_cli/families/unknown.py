@@ -68,4 +68,5 @@ def _said(config: dict[str, Any]) -> str:
 
 def _directories(path: Path, pattern: str) -> list[Path]:
     """Where files of this pattern stand, the latest last."""
-    return [file.parent for file in sorted(path.glob(pattern), key=lambda file: (file.stat().st_mtime, file))]
+    files = [file for file in path.glob(pattern) if file.is_file()]
+    return [file.parent for file in sorted(files, key=lambda file: (file.stat().st_mtime, file))]
