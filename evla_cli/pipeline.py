@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
 from evla_cli.calibration import combined_sha256, load_image, load_samples
+from evla_cli.checking import check_values, fit_packed_layers
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
@@ -219,7 +220,7 @@ def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ra
     """How alike the action head's denoising steps are, given the cognition tokens of the samples."""
     if checkpoint.family.action_head is None:
         return None
-    norm = stream.load_part(f"{checkpoint.family.decoder}.norm")
+    norm = stream.load_last_parts()
     batches = map(stream.on_device, stream.batches)
     tokens = [cognition_token(norm(hidden_states), mask) for hidden_states, mask in batches]
     everyones = torch.cat(ranks.gather([token.cpu() for token in tokens])).to(stream.device)
@@ -292,6 +293,7 @@ def prune(
     vision: VisionOptions | None = None,
     plan_file: Path | None = None,
     refit: RefitOptions | None = None,
+    check: bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
@@ -305,6 +307,7 @@ def prune(
         choice: choose the layers by running the model on samples; None: by the ranking in `importance`.
         plan_file: a prune_plan.yaml to follow, instead of all the options before it.
         refit: fit the layers that stay to the dense model on these samples; None: their weights stay as they are.
+        check: run the source without what goes and, before refit, the output on a few tokens; see `check_values`.
     """
     checkpoint = open_checkpoint(source)
     reader = checkpoint.reader
@@ -344,7 +347,8 @@ def prune(
                 measured = scores.vision if scores else {}
                 towers, facts = plan_towers(checkpoint, vision, measured, read_towers, seed)
                 plan = replace(plan, vision=towers, how=plan.how | facts)
-        return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
+        pruned = prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
+        return plan, fit_packed_layers(checkpoint, plan, pruned)
 
     def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
         if plan.checkpoint_sha256 != "":
@@ -365,17 +369,37 @@ def prune(
         reader.start_reading()
         plan, pruned = decide()
         check_space(staging.parent, total_bytes(pruned))
+        written = pruned
         if refit is not None:
-            plan, pruned = refitted(plan, pruned, refit)
-        with _byte_progress("writing", pruned) as on_bytes:
-            hashes = checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
+            plan, written = refitted(plan, pruned, refit)
+        with _byte_progress("writing", written) as on_bytes:
+            hashes = checkpoint.write_pruned(checkpoint, staging, written, plan, on_bytes)
         plan = identified(plan)
+        if check:
+            before_refit = {name: lazy for name, lazy in pruned.items() if lazy is not written[name]}
+            check_values(checkpoint, _reopened(staging, checkpoint, before_refit), plan)
         write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
-        write_manifest(staging, {}, hashes)  # where it comes from is what the plan says
+        write_manifest(staging, {"checked": check}, hashes)  # where it comes from is what the plan says
         reader.check_unchanged()
         if on_complete:
             on_complete(staging)
     return _result(plan, reader.tensors, pruned)
+
+
+def _reopened(written: Path, source: Checkpoint, instead: LazyTensors) -> Checkpoint:
+    """What was written, as anybody would open it, but with these weights (under the source's names)."""
+    checkpoint = open_checkpoint(written, check_manifest=False)
+    prefixes = {source.layer_prefix: source.family.decoder_layers}
+    prefixes |= {
+        native: ours
+        for tower, names in source.tower_prefixes.items()
+        for native, ours in zip(names, source.family.tower_prefixes[tower], strict=True)
+    }
+    weights = dict(checkpoint.weights)
+    for name, lazy in instead.items():
+        native = next(prefix for prefix in prefixes if name.startswith(f"{prefix}."))
+        weights[prefixes[native] + name.removeprefix(native)] = lazy
+    return replace(checkpoint, weights=weights)
 
 
 def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> PrunePlan:
@@ -610,11 +634,11 @@ def _width_to_keep(checkpoint: Checkpoint, mlp_prune_ratio: float) -> int:
 
 
 def _mlp_names(checkpoint: Checkpoint) -> list[str]:
-    names = [f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
-    absent = [name for name in names if f"{checkpoint.layer_prefix}.0.{name}" not in checkpoint.reader.tensors]
-    if absent:
-        raise EvlaError(f"The decoder has no {absent[0]}; only gated MLPs can be narrowed. Use --mlp-prune-ratio 0.")
-    return names
+    if checkpoint.mlp_obstacle is not None:
+        raise EvlaError(
+            f"{checkpoint.root}: {checkpoint.mlp_obstacle}; only gated MLPs can be narrowed. Use --mlp-prune-ratio 0."
+        )
+    return [f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
 
 
 def export(

@@ -39,6 +39,7 @@ class _Manifest:
     source: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
+    checked: bool | None = None  # whether prune ran what it wrote against its source; None: of another command
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)

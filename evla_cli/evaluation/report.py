@@ -151,14 +151,18 @@ def refit_table(report: dict[str, Any]) -> str:
 
 def inspection(source: Path) -> dict[str, Any]:
     """What a checkpoint is, from names, shapes and configs alone."""
+    from evla_cli.models.skeleton import checked_skeleton
+
     checkpoint = open_checkpoint(source)
+    quantized = quantization(checkpoint.config, checkpoint.reader.tensors)
+    if quantized is None:  # such weights fit no model; that is told as a fact
+        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     parts = {}
     for part, prefix in checkpoint.family.parts.items():
         tensors = {n: lazy for n, lazy in checkpoint.weights.items() if n == prefix or n.startswith(f"{prefix}.")}
         if tensors:
             parts[part] = {"parameters": total_elements(tensors), "bytes": total_bytes(tensors)}
     dtypes = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in checkpoint.reader.tensors.values())
-    quantized = quantization(checkpoint.config, checkpoint.reader.tensors)
     facts = {
         "path": str(source),
         "family": checkpoint.family.name,
@@ -172,6 +176,7 @@ def inspection(source: Path) -> dict[str, Any]:
             "layers": checkpoint.num_layers,
             "hidden_size": checkpoint.decoder_config["hidden_size"],
             "intermediate_size": checkpoint.intermediate_size,
+            "mlp_can_be_narrowed": checkpoint.mlp_obstacle is None,
         },
         "tokenizer": checkpoint.tokenizer_dir is not None,
         "quantization": quantized,
@@ -216,7 +221,8 @@ def inspect_table(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['path']}: {facts['family']}, {facts['layout']} layout, {len(facts['files'])} weight file(s)",
         table(["part", "parameters", "size"], rows),
-        f"decoder     {decoder['layers']} layers, {decoder['hidden_size']} wide, MLP {decoder['intermediate_size']}",
+        f"decoder     {decoder['layers']} layers, {decoder['hidden_size']} wide, MLP {decoder['intermediate_size']}"
+        + ("" if decoder["mlp_can_be_narrowed"] else " (of a kind that cannot be narrowed)"),
         f"dtypes      {', '.join(f'{name} ({count} tensors)' for name, count in facts['tensors_by_dtype'].items())}",
     ]
     if "action_head" in facts:

@@ -21,6 +21,7 @@ from evla_cli.checkpoint.files import sha256_file
 from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.errors import EvlaError
+from evla_cli.families.layer_entries import of_kept_layers
 from evla_cli.plan import PrunePlan
 
 if TYPE_CHECKING:
@@ -70,8 +71,11 @@ class ModelFamily:
         embed: runs everything before the decoder and then the decoder's own forward, whose layers the caller has
             replaced by recorders; returns the mask (B, T) of real positions, None where none is padding. Given the
             model, samples, the tokenizer's directory, and a tensor on the device and in the dtype to compute with.
+        try_out: what the model puts out for a few made-up inputs of a fixed kind, for comparing two models.
         sample_kind: "image" (image and instruction) or "text".
         action_head: module path and weight-name prefix of the action head; None where the model cannot act.
+        layers_give_tensors: decoder layers are known to return hidden states alone; else the first one is run once on
+            the first batch, to see whether they return a tuple.
         towers: name -> vision tower that can be pruned.
         modalities: what stands at which position: given the model's config in JSON form and the real positions (B, T),
             a mask (B, T) for each kind, which together are all real positions; None where all are text.
@@ -84,8 +88,10 @@ class ModelFamily:
     build_config: "Callable[[dict[str, Any]], PretrainedConfig]"
     build_model: "Callable[[PretrainedConfig], PreTrainedModel]"
     embed: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], torch.Tensor | None]"
+    try_out: "Callable[[Any], tuple[torch.Tensor, ...]]"
     sample_kind: str
     action_head: str | None = None
+    layers_give_tensors: bool = False
     towers: Mapping[str, Tower] = field(default_factory=dict)
     modalities: "Callable[[dict[str, Any], torch.Tensor], dict[str, torch.Tensor]] | None" = None
 
@@ -120,6 +126,8 @@ class Checkpoint:
         weights: under the names of the model that `family.build_model` makes.
         layer_prefix: of the decoder layers in the names of `reader.tensors`.
         tokenizer_dir: where tokenizer.json stands, if anywhere.
+        written_config: as `config`, but what the file itself says and what must be said once layers are removed, so
+            that a pruned checkpoint's is as short as its source's.
         write_pruned: writes weights (under the reader's names) and config to a directory, in this layout; returns the
             SHA-256 of every weight file.
     """
@@ -132,6 +140,7 @@ class Checkpoint:
     weights: LazyTensors
     layer_prefix: str
     tokenizer_dir: Path | None
+    written_config: dict[str, Any]
     write_pruned: WritePruned = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -160,6 +169,27 @@ class Checkpoint:
     def intermediate_size(self) -> int:
         return self.decoder_config["intermediate_size"]
 
+    def pruned_config(self, plan: PrunePlan) -> dict[str, Any]:
+        """What config.json says of the model that the plan leaves."""
+        return prune_config(self.written_config, self.family, plan)
+
+    @property
+    def mlp_obstacle(self) -> str | None:
+        """Why the decoder's MLPs cannot be narrowed; None where they are gated ones, all of one width."""
+        kinds = {f"mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "bias")}
+        for layer in range(self.num_layers):
+            prefix = f"{self.layer_prefix}.{layer}."
+            for name in (f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")):
+                lazy = self.reader.tensors.get(prefix + name)
+                if lazy is None:
+                    return f"layer {layer} of the decoder has no {name}"
+                width = lazy.shape[1 if name == "mlp.down_proj.weight" else 0]
+                if width != self.intermediate_size:
+                    return f"layer {layer} of the decoder is {width} wide, not {self.intermediate_size}"
+        others = [name for name in self.reader.tensors if name.startswith(f"{self.layer_prefix}.0.mlp.")]
+        others = [name for name in others if name.removeprefix(f"{self.layer_prefix}.0.") not in kinds]
+        return f"there is more in them ({others[0]})" if others else None
+
     @property
     def tower_prefixes(self) -> dict[str, tuple[str, ...]]:
         """As the family's, in the names of `reader.tensors`."""
@@ -183,9 +213,6 @@ class Checkpoint:
 
 _SMALL_FILES = ("*.json", "*.yaml", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*", "llm_config/*")
 
-# Per-layer lists in the configs of decoders; a config with a list of the wrong length does not load.
-LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
-
 
 def config_section(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     for key in path:
@@ -194,15 +221,13 @@ def config_section(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, A
 
 
 def prune_config(config: dict[str, Any], family: ModelFamily, plan: PrunePlan) -> dict[str, Any]:
-    """The config of the pruned model: number of layers, MLP width, and every list that has one entry a layer."""
+    """The config of the pruned model: number of layers, MLP width, and every entry that is about single layers."""
     config = copy.deepcopy(config)
     decoder = config_section(config, family.config_path)
     decoder["num_hidden_layers"] = len(plan.keep_layers)
     decoder["intermediate_size"] = plan.kept_intermediate_size
-    for name in LAYER_LISTS:
-        values = decoder.get(name)
-        if isinstance(values, list) and len(values) == plan.num_layers:
-            decoder[name] = [values[layer] for layer in plan.keep_layers]
+    if plan.dropped_layers:
+        decoder.update(of_kept_layers(decoder, plan.num_layers, plan.keep_layers))
     for name, stack in plan.vision.items():
         tower = config_section(config, family.towers[name].config_path)
         tower["num_hidden_layers"] = len(stack.keep_layers)
@@ -223,9 +248,20 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], weights: LazyTensors,
 
 def check_names(expected: Collection[str], found: Collection[str], where: Path) -> None:
     missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    alone = next((name for name in unknown if re.search(r"\.experts\.\d+\.", name)), None)
+    if missing and alone:
+        raise EvlaError(
+            f"{where} is a mixture of experts whose experts stand one by one on disk ({alone}). Transformers fuses them "
+            "when it loads; evla takes tensors as they stand, and cannot analyze or prune this kind of model."
+        )
+    if missing and unknown:
+        raise EvlaError(
+            f"{where} lacks {len(missing)} weights (first: {missing[0]}) and holds {len(unknown)} that the model does "
+            f"not have (first: {unknown[0]}). If transformers loads it, it renames weights on the way; evla does not."
+        )
     if missing:
         raise EvlaError(f"{where} lacks {len(missing)} weights (first: {missing[0]}).")
-    unknown = [name for name in found if name not in expected]
     if unknown:
         raise EvlaError(f"{where} holds {len(unknown)} weights that the model does not have (first: {unknown[0]}).")
 

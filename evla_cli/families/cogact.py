@@ -31,7 +31,6 @@ from evla_cli.families.base import (
     Tower,
     check_names,
     find_tokenizer,
-    prune_config,
 )
 from evla_cli.families.huggingface import copy_other_files, open_huggingface, read_config
 from evla_cli.plan import PrunePlan
@@ -110,6 +109,7 @@ def _open_native(run: Path, file: Path) -> Checkpoint:
         weights=NativeNames(config).to_model(reader.tensors, file),
         layer_prefix=f"{_PARTS['language_model']}.model.layers",
         tokenizer_dir=find_tokenizer(run, run / "llm_config"),
+        written_config=config,
         write_pruned=_write_native,
     )
 
@@ -491,7 +491,7 @@ def _write_native(
     others = source.reader.others
     paths = native_paths(tensors) | {name: source.reader.paths[name] for name in others}
     sha256 = write_torch(dest / "checkpoints" / file, tensors, paths, others, on_bytes)
-    config = prune_config(source.config, COGACT, plan)
+    config = source.pruned_config(plan)
     write_llm_config(dest / "llm_config", config["text_config"])
     if source.tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
@@ -577,6 +577,18 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tenso
     return mask
 
 
+def _try_out(model: Any) -> tuple[Tensor, ...]:
+    """The decoder's output for a patterned picture and four tokens."""
+    config = model.config
+    pixels = [
+        torch.linspace(0, 40, 3 * size * size).sin().view(1, 3, size, size)
+        for size in (config.dino_config.image_size, config.siglip_config.image_size)
+    ]
+    ids = (3 + 5 * torch.arange(4)) % config.text_config.vocab_size
+    inputs_embeds = model.embed_inputs(ids[None], *pixels)
+    return (model.language_model.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state,)
+
+
 def _see_dino(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> None:
     model.dino_features(_inputs(model, samples, tokenizer_dir, like).dino_pixels)
 
@@ -613,8 +625,10 @@ COGACT = ModelFamily(
     build_config=_build_config,
     build_model=_build_model,
     embed=_embed,
+    try_out=_try_out,
     sample_kind="image",
     action_head="action_head",
+    layers_give_tensors=True,
     towers={
         "dino": Tower(
             blocks="dino.encoder.layer",

@@ -14,7 +14,7 @@ from evla_cli.checkpoint.reader import ADAPTER_CONFIG, WEIGHT_SUFFIXES, open_hug
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.checkpoint.writer import write_huggingface_weights
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import Checkpoint, ModelFamily, config_section, find_tokenizer, prune_config
+from evla_cli.families.base import Checkpoint, ModelFamily, config_section, find_tokenizer
 from evla_cli.plan import PrunePlan
 
 LOG = logging.getLogger(__name__)
@@ -43,13 +43,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def open_huggingface(
-    directory: Path, family: ModelFamily, config: dict[str, Any], layer_lists: dict[str, list[Any]] | None = None
+    directory: Path, family: ModelFamily, config: dict[str, Any], layer_entries: dict[str, Any] | None = None
 ) -> Checkpoint:
     """
     Args:
         config: the whole config, defaults filled in.
-        layer_lists: config entries with one value a layer that config.json leaves out because they follow from the
-            layer's index; once layers are removed they no longer do, and a pruned config must spell them out.
+        layer_entries: config entries about single layers; those that config.json leaves out, because they follow from
+            the layer's index, no longer do once layers are removed, and a pruned config must spell them out.
     """
     if config.get("transformers_weights") is not None:
         raise EvlaError(
@@ -57,6 +57,9 @@ def open_huggingface(
             "the weights, which is not read; save the model with transformers' save_pretrained."
         )
     reader = open_huggingface_checkpoint(directory)
+    written = read_json(directory / "config.json")
+    target = config_section(written, family.config_path)
+    target.update({key: value for key, value in (layer_entries or {}).items() if not target.get(key)})
 
     def write_pruned(
         source: Checkpoint,
@@ -65,10 +68,7 @@ def open_huggingface(
         plan: PrunePlan,
         on_bytes: Callable[[int], Any] | None = None,
     ) -> dict[str, str]:
-        raw = read_json(directory / "config.json")
-        target = config_section(raw, family.config_path)
-        target.update({key: values for key, values in (layer_lists or {}).items() if not target.get(key)})
-        write_json(dest / "config.json", prune_config(raw, family, plan), allow_nan=True)
+        write_json(dest / "config.json", source.pruned_config(plan), allow_nan=True)
         hashes = write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
         # The README of a bundle tells what is in it and how to run it: neither holds any longer.
         stale = {"README.md"} if source.layout == "bundle" else set()
@@ -84,6 +84,7 @@ def open_huggingface(
         weights=reader.tensors,
         layer_prefix=family.decoder_layers,
         tokenizer_dir=find_tokenizer(directory),
+        written_config=written,
         write_pruned=write_pruned,
     )
 

@@ -1,5 +1,6 @@
 """Models without weights: built on the meta device, then given their tensors by name, all at once or part by part."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
@@ -22,6 +24,7 @@ def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedMod
     """The model with parameters on the meta device (no memory) and the buffers that no checkpoint holds computed."""
     with torch.device("meta"):
         model = family.build_model(family.build_config(config))
+    drop_weights(model)  # those that were made elsewhere all the same (DiffLlama's lambdas, with random values)
     _compute_buffers(model)
     return model.eval()
 
@@ -130,11 +133,14 @@ def move_buffers(model: nn.Module, device: torch.device | str) -> None:
 
 
 def drop_weights(module: nn.Module) -> None:
-    """Back to the meta device; the memory is free again."""
+    """All that checkpoints hold of it goes back to the meta device; the memory is free again."""
     for owner in module.modules():
         for name, parameter in list(owner._parameters.items()):
-            if parameter is not None:
+            if parameter is not None and not parameter.is_meta:
                 owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, buffer in list(owner._buffers.items()):
+            if buffer is not None and name not in owner._non_persistent_buffers_set and not buffer.is_meta:
+                owner._buffers[name] = buffer.to("meta")
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
@@ -143,8 +149,62 @@ def _compute_buffers(model: PreTrainedModel) -> None:
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers[name]
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-    for owner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+                module._buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device="cpu")
+    owners = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for owner in owners:
         for module in owner.modules():
             if module._non_persistent_buffers_set:
                 owner._init_weights(module)
+    if _unset_buffers(model):  # one module computes what others hold (Falcon-H1)
+        for owner in owners:
+            owner.apply(owner._init_weights)
+    for name in _unset_buffers(model):
+        raise EvlaError(f"{name}, which no checkpoint holds, is not computed by this model's own initialisation")
+
+
+def _unset_buffers(model: nn.Module) -> list[str]:
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if (buffer := module._buffers[name]) is not None and bool(_is_unset(buffer).any())
+    ]
+
+
+def _unset(dtype: torch.dtype) -> Any:
+    """What no initialisation gives: memory that was never written to must not pass for a value."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return math.nan
+    return False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _is_unset(buffer: Tensor) -> Tensor:
+    if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
+        return buffer.isnan()
+    if buffer.dtype in (torch.bool, torch.uint8):  # every value may be meant
+        return torch.zeros_like(buffer, dtype=torch.bool)
+    return buffer == _unset(buffer.dtype)
+
+
+class NothingOnMeta(TorchDispatchMode):
+    """Inside the block no operation takes or gives a tensor on the meta device.
+
+    Parameters wait there for their values; a model that asks one of them for its device, and moves an input there,
+    would go on with shapes alone, and what it put out would be memory that nobody wrote to.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if _any_on_meta((args, kwargs)):
+            raise EvlaError(
+                f"This model computes ({function}) with a weight before it is loaded: it cannot be run part by part."
+            )
+        return output
+
+
+def _any_on_meta(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_meta
+    if isinstance(value, list | tuple):
+        return any(map(_any_on_meta, value))
+    return isinstance(value, dict) and any(map(_any_on_meta, value.values()))
