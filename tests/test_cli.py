@@ -93,7 +93,8 @@ def test_errors_of_a_real_process(tmp_path):
 def test_inspect_cogact(cogact_run):
     facts = evla_json("inspect", cogact_run)
     assert (facts["family"], facts["layout"]) == ("cogact", "native")
-    assert facts["decoder"] == {"layers": 6, "hidden_size": 64, "intermediate_size": 128}
+    decoder = {"layers": 6, "hidden_size": 64, "intermediate_size": 128, "mlp_can_be_narrowed": True}
+    assert facts["decoder"] == decoder
     assert facts["commands"] == ["analyze", "prune", "export", "predict", "bench", "compare", "eval"]
     assert facts["visual_tokens"] == 16
     assert sum(part["parameters"] for part in facts["parts"].values()) >= facts["parameters"]

@@ -222,7 +222,7 @@ def inspect_table(facts: dict[str, Any]) -> str:
         f"{facts['path']}: {facts['family']}, {facts['layout']} layout, {len(facts['files'])} weight file(s)",
         table(["part", "parameters", "size"], rows),
         f"decoder     {decoder['layers']} layers, {decoder['hidden_size']} wide, MLP {decoder['intermediate_size']}"
-        + ("" if decoder["mlp_can_be_narrowed"] else " (of a kind that cannot be narrowed)"),
+        + ("" if decoder["mlp_can_be_narrowed"] or facts["quantization"] else " (of a kind that cannot be narrowed)"),
         f"dtypes      {', '.join(f'{name} ({count} tensors)' for name, count in facts['tensors_by_dtype'].items())}",
     ]
     if "action_head" in facts:
