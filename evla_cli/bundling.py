@@ -40,7 +40,7 @@ def write_bundle_files(
 ) -> None:
     """Everything in a bundle but the weights, whose `hashes` are known; the manifest last, since it lists the rest."""
     assert checkpoint.tokenizer_dir is not None
-    write_json(dest / "config.json", checkpoint.config)
+    write_json(dest / "config.json", checkpoint.config, allow_nan=True)
     write_yaml(dest / SETTINGS, settings.to_record(), "How evla's runtime runs this model; every key: docs/files.md.")
     for name in TOKENIZER_FILES:
         if (checkpoint.tokenizer_dir / name).is_file():

@@ -23,6 +23,7 @@ from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, to
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.choosing import ChoiceOptions, choose_by_samples
 from evla_cli.errors import EvlaError, suggest
+from evla_cli.evaluation.candidates import open_candidates
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint, check_weights
@@ -44,6 +45,7 @@ from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, activati
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
 from evla_cli.refitting import RefitOptions, refit_layers
+from evla_cli.runtime.policy import policy_from_weights
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
@@ -403,9 +405,8 @@ def _reopened(written: Path, source: Checkpoint, instead: LazyTensors) -> Checkp
 def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> PrunePlan:
     """A plan of the size that the options will lead to, for what can be checked before layers are `ranked`."""
     ranking = list(range(source.num_layers)) if ranked else None
-    drop = options.drop_layers or None  # the recipe's default
     num_first = _num_protected(source, options.protect_first)
-    keep = _layers_to_keep(source, ranking, drop, None, options.drop_layer_ids, num_first)
+    keep = _layers_to_keep(source, ranking, options.drop_layers, None, options.drop_layer_ids, num_first)
     width = _width_to_keep(source, options.mlp_prune_ratio)
     mlp_keep = None
     if width < source.intermediate_size:
@@ -678,7 +679,7 @@ def cast(weights: LazyTensors, dtype: str | None) -> LazyTensors:
 
 
 def predict(
-    bundle: Path,
+    source: Path,
     image: Path,
     instruction: str,
     *,
@@ -687,11 +688,14 @@ def predict(
     device: str = "cpu",
     dtype: str | None = None,
 ) -> np.ndarray:
-    """One action chunk for an image file: (H, A), in the robot's units."""
-    from evla_cli.runtime.policy import load_policy
-
+    """One action chunk for an image file: (H, A), in the robot's units. `source`: as of `bench`, one candidate."""
+    check_device(device)
     picture = load_image(image, str(image))
-    policy = load_policy(bundle, device=device, dtype=DTYPES[dtype] if dtype else None)
+    candidates = open_candidates([source])
+    if len(candidates) > 1:
+        raise EvlaError(f"{source} lists {len(candidates)} candidates; name the one that is to predict.")
+    checkpoint, settings = candidates[0].checkpoint, candidates[0].settings
+    policy = policy_from_weights(checkpoint, settings, device=device, dtype=None if dtype is None else DTYPES[dtype])
     return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
 
 

@@ -159,7 +159,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 root,
                 dest,
                 importance=importance,
-                num_drop=prune.drop_layers or None,  # the recipe's default
+                num_drop=prune.drop_layers,
                 drop_ids=prune.drop_layer_ids,
                 choice=choice,
                 protect_first=prune.protect_first,

@@ -137,7 +137,8 @@ def start_early(source: Path) -> None:
     _early.clear()
     with suppress(OSError, EvlaError):  # whatever is wrong with it, opening it will tell
         files = [source] if source.is_file() else sorted((source / "checkpoints").glob("*.pt"))
-        files = files or sorted(source.glob("*.safetensors"))
+        files = files or sorted(source.glob("model-*-of-*.safetensors"))  # not those of an adapter, or another layout
+        files = files or list(source.glob("model.safetensors"))
         if files:
             _early.append(({path: file_stamp(path) for path in files}, ReadAheadHash(files)))
 

@@ -95,7 +95,7 @@ def bench(
         raise EvlaError(f"--baseline: unknown baseline '{unknown[0]}'. {suggest(unknown[0], [*BASELINES, 'none'])}")
     batch = make_batch(samples, batch_size, seed)
     rows = make_rows(open_candidates(paths, num_denoise_steps), baselines)
-    budget = parse_size(memory_budget) if memory_budget else int(_FREE_SHARE * available_bytes(device))
+    budget = int(_FREE_SHARE * available_bytes(device)) if memory_budget is None else parse_size(memory_budget)
     together = weight_bytes(rows, device, dtype) <= budget
     sessions = plan_sessions(rows, runs, together)
     measured = _Measured()
@@ -326,7 +326,7 @@ def _processor_name() -> str:
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:

@@ -246,7 +246,7 @@ def common_unnorm_key(a: Candidate, b: Candidate, key: str | None) -> str:
         raise EvlaError(f"The models share {len(shared)} datasets; name one with --unnorm-key: {', '.join(shared)}.")
     if key is not None and key not in shared:
         raise EvlaError(f"Unknown --unnorm-key '{key}'. {suggest(key, shared)}")
-    return key or shared[0]
+    return shared[0] if key is None else key
 
 
 def check_comparable(a: Candidate, b: Candidate, key: str) -> None:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evla_cli.checkpoint.bundle import MANIFEST
 from evla_cli.checkpoint.tensors import total_bytes, total_elements
 from evla_cli.families import open_checkpoint
+from evla_cli.families.base import Checkpoint
+from evla_cli.families.quantized import quantization
 from evla_cli.plan import LayerImportance, LayerScore, PrunePlan, StackPlan, ranked
 
 if TYPE_CHECKING:
@@ -151,16 +154,15 @@ def inspection(source: Path) -> dict[str, Any]:
     from evla_cli.models.skeleton import checked_skeleton
 
     checkpoint = open_checkpoint(source)
-    checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
+    quantized = quantization(checkpoint.config, checkpoint.reader.tensors)
+    if quantized is None:  # such weights fit no model; that is told as a fact
+        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     parts = {}
     for part, prefix in checkpoint.family.parts.items():
         tensors = {n: lazy for n, lazy in checkpoint.weights.items() if n == prefix or n.startswith(f"{prefix}.")}
         if tensors:
             parts[part] = {"parameters": total_elements(tensors), "bytes": total_bytes(tensors)}
     dtypes = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in checkpoint.reader.tensors.values())
-    can = ["analyze", "prune"] + (["export"] if checkpoint.family.has_action_head else [])
-    can += ["verify", "predict"] if checkpoint.layout == "bundle" else []
-    can += ["bench", "compare"] if checkpoint.family.has_action_head else []
     facts = {
         "path": str(source),
         "family": checkpoint.family.name,
@@ -177,7 +179,8 @@ def inspection(source: Path) -> dict[str, Any]:
             "mlp_can_be_narrowed": checkpoint.mlp_obstacle is None,
         },
         "tokenizer": checkpoint.tokenizer_dir is not None,
-        "commands": can,
+        "quantization": quantized,
+        "commands": _commands(checkpoint, quantized is None),
     }
     if checkpoint.family.has_action_head:
         config = checkpoint.family.build_config(checkpoint.config)
@@ -194,6 +197,20 @@ def inspection(source: Path) -> dict[str, Any]:
     return facts
 
 
+def _commands(checkpoint: Checkpoint, is_plain: bool) -> list[str]:
+    """What can be done with it as it is."""
+    with_tokenizer, acts = checkpoint.tokenizer_dir is not None, checkpoint.family.has_action_head
+    possible = {
+        "analyze": with_tokenizer,
+        "prune": True,
+        "export": with_tokenizer and acts,
+        "verify": (checkpoint.root / MANIFEST).is_file(),
+        **dict.fromkeys(("predict", "bench", "compare", "eval"), with_tokenizer and acts),
+        "report": checkpoint.layout == "bundle" and with_tokenizer,
+    }
+    return [name for name, can in possible.items() if can and is_plain]
+
+
 def inspect_table(facts: dict[str, Any]) -> str:
     decoder = facts["decoder"]
     rows = [
@@ -205,7 +222,7 @@ def inspect_table(facts: dict[str, Any]) -> str:
         f"{facts['path']}: {facts['family']}, {facts['layout']} layout, {len(facts['files'])} weight file(s)",
         table(["part", "parameters", "size"], rows),
         f"decoder     {decoder['layers']} layers, {decoder['hidden_size']} wide, MLP {decoder['intermediate_size']}"
-        + ("" if decoder["mlp_can_be_narrowed"] else " (of a kind that cannot be narrowed)"),
+        + ("" if decoder["mlp_can_be_narrowed"] or facts["quantization"] else " (of a kind that cannot be narrowed)"),
         f"dtypes      {', '.join(f'{name} ({count} tensors)' for name, count in facts['tensors_by_dtype'].items())}",
     ]
     if "action_head" in facts:
@@ -218,7 +235,9 @@ def inspect_table(facts: dict[str, Any]) -> str:
             f"datasets    {', '.join(facts['datasets'])}",
         ]
     lines.append(f"tokenizer   {'found' if facts['tokenizer'] else 'missing: copy tokenizer.json here'}")
-    lines.append(f"commands    {', '.join(facts['commands'])}")
+    if facts["quantization"] is not None:
+        lines.append(f"quantised   {facts['quantization']}: evla needs the model as it was before")
+    lines.append(f"commands    {', '.join(facts['commands']) or 'none'}")
     return "\n".join(lines)
 
 

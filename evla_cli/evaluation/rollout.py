@@ -162,9 +162,10 @@ def _trials(suite: Suite, tasks: Sequence[str] | None, episodes: int | None, fir
         if task not in suite.tasks:
             raise EvlaError(f"Unknown task '{task}'. {suggest(task, suite.tasks)}")
         default, most = suite.num_episodes(task)
-        if most is not None and (episodes or default) > most:
-            raise EvlaError(f"--episodes is {episodes}; {task} has {most}.")
-        trials += [Trial(task, number, first_seed + number) for number in range(episodes or default)]
+        count = default if episodes is None else episodes
+        if count < 1 or (most is not None and count > most):
+            raise EvlaError(f"--episodes is {count}; {task} has {'any number from 1 on' if most is None else most}.")
+        trials += [Trial(task, number, first_seed + number) for number in range(count)]
     return trials
 
 

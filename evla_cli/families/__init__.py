@@ -7,6 +7,7 @@ from evla_cli.checkpoint.bundle import MANIFEST, open_manifest
 from evla_cli.checkpoint.files import check_exists
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
+from evla_cli.families.unknown import recognized
 
 # Asked in this order; each module's `open_checkpoint(path)` returns None for what is not its own.
 FAMILIES = {
@@ -27,10 +28,11 @@ def open_checkpoint(path: Path, check_manifest: bool = True) -> Checkpoint:
             if check_manifest and (checkpoint.root / MANIFEST).is_file():
                 _check_listed(checkpoint)
             return checkpoint
+    found = recognized(path)
     raise EvlaError(
-        f"{path} is not a checkpoint that evla knows. Expected a CogACT run (config.json, dataset_statistics.json, "
-        "checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory (config.json with a "
-        "known model_type, safetensors)."
+        f"{path} is not a checkpoint that evla knows. {found}{' ' if found else ''}Expected a CogACT run (config.json, "
+        "dataset_statistics.json, checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory "
+        "(config.json with a known model_type, safetensors)."
     )
 
 

@@ -206,7 +206,7 @@ class Checkpoint:
         return config.num_hidden_layers, config.intermediate_size
 
     def small_files_sha256(self) -> str:
-        """Of everything that is read from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
+        """Of what decides the outputs but the weights: configs, statistics, tokenizer, chat templates, plan."""
         paths = sorted(path for pattern in _SMALL_FILES for path in self.root.glob(pattern) if path.is_file())
         if self.layout == "bundle":  # whose check says what it did on one machine, nothing of what it is
             paths = [path for path in paths if path.name != CHECK]
@@ -214,7 +214,7 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-_SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
+_SMALL_FILES = ("*.json", "*.yaml", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*", "llm_config/*")
 
 
 def config_section(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -67,16 +67,25 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
         if path.parent.name != "checkpoints":
             raise EvlaError(f"{path}: CogACT's layout is <RUN>/checkpoints/<name>.pt with <RUN>/config.json beside it.")
         return _open_native(path.parent.parent, path)
-    if (path / "checkpoints").is_dir():
-        files = sorted((path / "checkpoints").glob("*.pt"))
-        if not files:
-            raise EvlaError(f"{path / 'checkpoints'} holds no .pt file.")
-        if len(files) > 1:
-            raise EvlaError(f"{path / 'checkpoints'} holds {len(files)} .pt files; name the one to use.")
-        return _open_native(path, files[0])
-    if (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "cogact":
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "model_type" not in config:
+        return _open_run(path, config)
+    if config["model_type"] == "cogact":
         return open_huggingface(path, COGACT, _checked_config(read_config(path / "config.json"), path / "config.json"))
     return None
+
+
+def _open_run(path: Path, config: dict[str, Any]) -> Checkpoint | None:
+    """A run directory, perhaps not a whole one. A folder called `checkpoints` alone does not make one."""
+    files = sorted((path / "checkpoints").glob("*.pt"))
+    marked = "vla" in config or (path / "dataset_statistics.json").is_file()
+    if not (path / "checkpoints").is_dir() or not (files or marked):
+        return None
+    if not files:
+        raise EvlaError(f"{path / 'checkpoints'} holds no .pt file.")
+    if len(files) > 1:
+        raise EvlaError(f"{path / 'checkpoints'} holds {len(files)} .pt files; name the one to use.")
+    return _open_native(path, files[0])
 
 
 def _open_native(run: Path, file: Path) -> Checkpoint:
@@ -440,7 +449,7 @@ def _text_config(run: Path, shape: _ShapeReader) -> dict[str, Any]:
     config = {key: given[key] for key in (*known, "max_position_embeddings") if given.get(key) is not None}
     if type(config.get("num_attention_heads")) is not int or config["num_attention_heads"] < 1:
         raise EvlaError(f"{path}: num_attention_heads must be a positive whole number.")
-    head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
+    head_dim = config.get("head_dim", hidden_size // config["num_attention_heads"])
     if type(head_dim) is not int or head_dim < 1:
         raise EvlaError(f"{path}: {config['num_attention_heads']} attention heads do not fit a width of {hidden_size}.")
     return config | {
@@ -491,7 +500,7 @@ def _write_native(
     width = source.config["action_config"]["hidden_size"]
     loading = _LOADING.format(file=file, head=_HEAD_TYPES.get(width, "<its type>"))
     write_text(dest / "LOADING.md", loading + (_loading_towers(config) if plan.vision else ""))
-    copy_other_files(source.root, dest)
+    copy_other_files(source.root, dest, read={"checkpoints", "llm_config"})
     return {f"checkpoints/{file}": sha256}
 
 

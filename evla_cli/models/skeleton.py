@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import ModelFamily, check_weights
+from evla_cli.families.quantized import check_not_quantized
 from evla_cli.models.tiled_linear import tile_linear
 
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformers saved this buffer
@@ -30,6 +31,7 @@ def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedMod
 
 def checked_skeleton(family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path) -> PreTrainedModel:
     """`build_skeleton` for a checkpoint from outside. Errors: no model can be built, or its weights do not fit it."""
+    check_not_quantized(config, weights, where)
     try:
         model = build_skeleton(family, config)
     except Exception as error:  # transformers raises many kinds, all of them about the config
