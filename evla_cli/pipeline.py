@@ -24,7 +24,7 @@ from evla_cli.choosing import ChoiceOptions, choose_by_samples
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
-from evla_cli.families.base import Checkpoint, check_weights
+from evla_cli.families.base import Checkpoint, ModelFamily, check_weights
 from evla_cli.methods.layer_importance import (
     importance_and_error,
     position_weights,
@@ -632,7 +632,7 @@ def export(
     with new_directory(dest, overwrite, checkpoint.root) as staging:
         checkpoint.reader.start_reading()
         check_export(checkpoint, settings)
-        weights = cast(checkpoint.weights, dtype)
+        weights = cast(checkpoint.weights, dtype, checkpoint.family)
         check_space(staging.parent, total_bytes(weights))
         with _byte_progress("exporting", weights) as on_bytes:
             hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
@@ -644,8 +644,11 @@ def export(
     return facts
 
 
-def cast(weights: LazyTensors, dtype: str | None) -> LazyTensors:
-    return weights if dtype is None else {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
+def cast(weights: LazyTensors, dtype: str | None, family: ModelFamily) -> LazyTensors:
+    """The weights in `dtype` (None: as stored); those of parts that do not follow it stay as they are."""
+    if dtype is None:
+        return weights
+    return {name: lazy.to(DTYPES[dtype]) if family.follows_dtype(name) else lazy for name, lazy in weights.items()}
 
 
 def predict(

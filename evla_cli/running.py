@@ -98,7 +98,7 @@ def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
     if recipe.export is not None:
         parse_size(recipe.export.max_shard_size)
         check_export(source, recipe.export.settings, num_layers)
-        num_bytes["export"] = total_bytes(pipeline.cast(weights, recipe.export.dtype))
+        num_bytes["export"] = total_bytes(pipeline.cast(weights, recipe.export.dtype, source.family))
     return num_bytes
 
 

@@ -281,7 +281,7 @@ def _size_cells(row: dict[str, Any]) -> list[str]:
     own = memory["peak_rss_anon_bytes"] if memory["peak_device_bytes"] is None else memory["peak_device_bytes"]
     return [
         row["name"],
-        row["dtype"],
+        row["dtype"] if row["head_dtype"] == row["dtype"] else f"{row['dtype']}, head {row['head_dtype']}",
         f"{row['parameters'] / 1e6:,.2f} M",
         f"{row['bytes_on_disk'] / 1e6:,.1f} MB",
         f"{own / 1e6:,.0f} MB",

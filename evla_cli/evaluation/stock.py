@@ -64,6 +64,7 @@ class StockPolicy(Policy):
 
     def act(self, cognition: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
         head, diffusion = self.model.action_head, self.settings.diffusion
+        cognition = cognition.to(head.positional_embedding)  # float32 behind a language model in bfloat16
         guided = diffusion.cfg_scale > 1.0
 
         def predict_noise(noisy: Tensor, timestep: int, step: int) -> Tensor:

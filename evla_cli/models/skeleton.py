@@ -1,7 +1,7 @@
 """Models without weights: built on the meta device, then given their tensors by name, all at once or part by part."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,21 @@ def load_weights(
     module: nn.Module,
     weights: LazyTensors,
     prefix: str = "",
-    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     on_bytes: Callable[[int], Any] | None = None,
 ) -> None:
     """Give every parameter of `module` its tensor, named `prefix` + its own name; mapped tensors are not copied.
+
+    Args:
+        dtypes: by the names in `weights`, where they are to be others than the stored ones.
 
     Errors: a missing weight (KeyError: callers check names first), NaN or infinite values.
     """
     state = {}
     for name in module.state_dict():
         lazy = weights[prefix + name]
-        state[name] = load_finite(prefix + name, lazy)
-        if dtype is not None and lazy.dtype.is_floating_point:
-            state[name] = state[name].to(dtype)
-        state[name] = state[name].to(device)
+        state[name] = load_finite(prefix + name, lazy).to((dtypes or {}).get(prefix + name, lazy.dtype)).to(device)
         if on_bytes:
             on_bytes(lazy.num_bytes)
     assign_weights(module, state)
@@ -83,7 +83,10 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The whole model. Errors: any weight missing, unknown, misshapen or not finite."""
+    """The whole model, in `dtype` (None: as stored) but for what the family keeps in float32.
+
+    Errors: any weight missing, unknown, misshapen or not finite.
+    """
     model = load_plain_model(family, config, weights, where, dtype, device)
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -103,7 +106,8 @@ def load_plain_model(
     model = checked_skeleton(family, config, weights, where)
     if len(expected_shapes(model)) < len(model.state_dict()):
         weights = weights | {name: weights[source] for name, source in model.all_tied_weights_keys.items()}
-    load_weights(model, weights, dtype=dtype, device=device)
+    dtypes = {name: family.compute_dtype(name, dtype or lazy.dtype) for name, lazy in weights.items()}
+    load_weights(model, weights, dtypes=dtypes, device=device)
     move_buffers(model, device)
     return model
 

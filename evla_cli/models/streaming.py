@@ -75,9 +75,12 @@ class DecoderStream:
         move_buffers(self._model, device)
         for parameter in self._model.parameters():
             parameter.data = parameter.data.to(dtype)  # vision towers ask a weight what dtype their input should have
-        # Linear weights in half precision are held as they are, for they need not be widened before they are used.
+        # Linear weights in half precision are held as they are, for they need not be widened before they are used. What
+        # the family keeps in float32 is small, and asked what dtype its input should have.
         self._dtypes: dict[str, torch.dtype] = {}
         for name, module in self._model.named_modules():
+            if not checkpoint.family.follows_dtype(name):
+                continue
             if type(module) is nn.Linear and (weight := checkpoint.weights.get(f"{name}.weight")):
                 stored = weight.dtype if dtype == torch.float32 else dtype
                 if tile_linear(module, stored, dtype, device):
@@ -160,7 +163,8 @@ class DecoderStream:
 
     def _read_weight(self, name: str) -> Tensor:
         lazy = self.checkpoint.weights[name]
-        return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
+        dtype = self._dtypes.get(name) or self.checkpoint.family.compute_dtype(name, self._dtype)
+        return self._upload.put(load_finite(name, lazy), dtype)
 
     def _record(self, samples: list[Sample]) -> Batch:
         """One batch through everything before the layers, and the arguments of every layer."""
