@@ -37,7 +37,7 @@ from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
 from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
-from evla_cli.models.skeleton import check_device, checked_skeleton
+from evla_cli.models.skeleton import check_device, checked_skeleton, out_of_memory
 from evla_cli.models.streaming import DecoderStream, captured_inputs
 from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, activations_file, has_activations
 from evla_cli.progress import progress_bar
@@ -52,6 +52,10 @@ from evla_cli.vision.planning import ReadRms, VisionOptions, check_towers, fores
 OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ANALYZE_OPTIONS = ("num_samples", "batch_size", "dtype")  # that change the result; all of them stand in its file
+_FOR_LESS_MEMORY = (
+    "use a smaller batch size, --memory-budget, beyond which hidden states wait in a file for their turn, fewer "
+    "samples, or --device cpu"
+)
 
 
 def analyze(
@@ -92,7 +96,7 @@ def analyze(
     if ranks.first:  # it alone hashes the checkpoint
         reader.start_reading(in_order=False)
     meter = TowerMeter(checkpoint, with_channels=channel_rms is not None)
-    with torch.inference_mode(), _out_of_memory(device):
+    with torch.inference_mode(), out_of_memory(device, _FOR_LESS_MEMORY):
         stream = DecoderStream(
             checkpoint,
             mine,
@@ -199,18 +203,6 @@ def _root_mean_square(energies: list[tuple[Tensor, int]]) -> LazyTensor:
         total += squares.cpu()
         count += rows
     return LazyTensor.of((total / count).sqrt().float())
-
-
-@contextmanager
-def _out_of_memory(device: str) -> Iterator[None]:
-    """What to do about a GPU that is too small, instead of a traceback."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EvlaError(
-            f"{device} is out of memory: use a smaller --batch-size, or --memory-budget, beyond which hidden states "
-            "wait in a file for their turn."
-        ) from error
 
 
 def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ranks) -> dict[str, Any] | None:
@@ -347,7 +339,8 @@ def prune(
     def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
         if plan.checkpoint_sha256 != "":
             _check_source(plan_file or importance, plan.checkpoint_sha256, reader)
-        weights, report = refit_layers(checkpoint, plan, options)
+        with out_of_memory(options.device, _FOR_LESS_MEMORY):
+            weights, report = refit_layers(checkpoint, plan, options)
         how = {"refit": True, "refit_last_weight": options.last_weight, "refit_report": report}
         return replace(plan, how=plan.how | how), pruned | weights
 
@@ -562,7 +555,7 @@ def _chosen_by_samples(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """As many layers as `like` has, and what the plan says about them."""
     num_drop = checkpoint.num_layers - len(like)
-    with _out_of_memory(options.device):
+    with out_of_memory(options.device, _FOR_LESS_MEMORY):
         dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
     facts = {"layer_method": options.method, "objective": options.objective, "layer_choice": report}
     stable = report["rounds"][-1].pop("stability") if report["rounds"] else None
@@ -665,8 +658,9 @@ def predict(
     from evla_cli.runtime.policy import load_policy
 
     picture = load_image(image, str(image))
-    policy = load_policy(bundle, device=device, dtype=DTYPES[dtype] if dtype else None)
-    return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
+    with out_of_memory(device, "use --dtype bfloat16, a smaller model, or --device cpu"):
+        policy = load_policy(bundle, device=device, dtype=DTYPES[dtype] if dtype else None)
+        return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
 
 
 def settings_with(path: Path | None, **sections: dict[str, Any]) -> InferenceSettings:

@@ -214,7 +214,7 @@ class TestDecoderStream:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         monkeypatch.setattr(pipeline, "run_layer", too_large)
-        with pytest.raises(EvlaError, match="smaller --batch-size, or --memory-budget"):
+        with pytest.raises(EvlaError, match="smaller batch size, --memory-budget, beyond which"):
             pipeline.analyze(cogact_run, image_samples)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

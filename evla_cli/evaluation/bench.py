@@ -33,16 +33,17 @@ from evla_cli.evaluation.latency import (
     measure_latency,
     rotated,
 )
-from evla_cli.evaluation.memory import available_bytes, peak_memory, release
+from evla_cli.evaluation.memory import FOR_LESS_MEMORY, available_bytes, peak_memory, release
 from evla_cli.evaluation.stock import load_stock_policy
 from evla_cli.models.processing import CogACTProcessor
-from evla_cli.models.skeleton import build_skeleton, check_device
+from evla_cli.models.skeleton import build_skeleton, check_device, out_of_memory
 from evla_cli.models.tiled_linear import multiplies_natively
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
 from evla_cli.schema import SCHEMA_VERSION
 from evla_cli.settings import InferenceSettings
 
 BASELINES = ("stock", "neutral")
+_CPUINFO = Path("/proc/cpuinfo")  # Linux
 _MAX_VISITS = 3  # of each model where not all fit at once
 _FREE_SHARE = 0.9  # of the memory that is left, for weights
 _INSTRUCTION = "pick up the red block and put it on the plate"
@@ -99,7 +100,7 @@ def bench(
     together = weight_bytes(rows, device, dtype) <= budget
     sessions = plan_sessions(rows, runs, together)
     measured = _Measured()
-    with _threads(threads):
+    with _threads(threads), out_of_memory(device, FOR_LESS_MEMORY):
         for session, session_runs in sessions:
             _run_session(session, session_runs, warmup, batch, device, dtype, measured)
             release(device)
@@ -326,9 +327,9 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def _processor_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.is_file() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Models without weights: built on the meta device, then given their tensors by name, all at once or part by part."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from evla_cli.families.base import ModelFamily, check_weights
 from evla_cli.models.tiled_linear import tile_linear
 
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformers saved this buffer
+_OUT_OF_MEMORY = "CUDA error: out of memory|_STATUS_ALLOC_FAILED"  # of the driver; of cuBLAS and cuSOLVER
 
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
@@ -122,6 +124,17 @@ def check_device(device: torch.device | str) -> None:
             raise RuntimeError("the meta device computes nothing")
     except (RuntimeError, AssertionError, AttributeError) as error:  # torch's kinds for a device that is not there
         raise EvlaError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}. Try cpu.") from error
+
+
+@contextmanager
+def out_of_memory(device: torch.device | str, advice: str) -> Iterator[None]:
+    """What to do about a GPU that is too small, in one line instead of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own kind, and those of the libraries that it calls
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search(_OUT_OF_MEMORY, str(error)):
+            raise
+        raise EvlaError(f"{device} is out of memory: {advice}.") from error
 
 
 def move_buffers(model: nn.Module, device: torch.device | str) -> None:
