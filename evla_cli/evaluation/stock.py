@@ -1,7 +1,7 @@
 """The stock baseline: the same weights as somebody would run them who has transformers and CogACT's paper, not evla.
 
 An independent path, sharing only preprocessing with the runtime. What it does that the runtime's neutral path does not:
-- layers are `nn.Linear` in the weights' own dtype, whether or not the processor can multiply in it;
+- layers are `nn.Linear` in the VLM's dtype, whether or not the processor can multiply in it; the head's in float32;
 - both vision towers run to their end, for the hidden states of their second-to-last block;
 - the language model is called as a `LlamaForCausalLM`: with key-value cache, every layer's hidden states, and lm_head
   over all positions, for the last hidden state of one;
