@@ -26,7 +26,7 @@ from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.candidates import open_candidates
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
-from evla_cli.families.base import Checkpoint, check_weights
+from evla_cli.families.base import Checkpoint, ModelFamily, check_weights
 from evla_cli.methods.layer_importance import (
     importance_and_error,
     position_weights,
@@ -39,7 +39,7 @@ from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
 from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
-from evla_cli.models.skeleton import check_device, checked_skeleton
+from evla_cli.models.skeleton import check_device, checked_skeleton, failures_of_transformers, out_of_memory
 from evla_cli.models.streaming import DecoderStream, captured_inputs
 from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, activations_file, has_activations
 from evla_cli.progress import progress_bar
@@ -55,6 +55,10 @@ from evla_cli.vision.planning import ReadRms, VisionOptions, check_towers, fores
 OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ANALYZE_OPTIONS = ("num_samples", "batch_size", "dtype")  # that change the result; all of them stand in its file
+_FOR_LESS_MEMORY = (
+    "use a smaller batch size, --memory-budget, beyond which hidden states wait in a file for their turn, fewer "
+    "samples, or --device cpu"
+)
 
 
 def analyze(
@@ -95,7 +99,11 @@ def analyze(
     if ranks.first:  # it alone hashes the checkpoint
         reader.start_reading(in_order=False)
     meter = TowerMeter(checkpoint, with_channels=channel_rms is not None)
-    with torch.inference_mode(), _out_of_memory(device):
+    with (
+        torch.inference_mode(),
+        out_of_memory(device, _FOR_LESS_MEMORY),
+        failures_of_transformers(checkpoint.root),
+    ):
         stream = DecoderStream(
             checkpoint,
             mine,
@@ -202,18 +210,6 @@ def _root_mean_square(energies: list[tuple[Tensor, int]]) -> LazyTensor:
         total += squares.cpu()
         count += rows
     return LazyTensor.of((total / count).sqrt().float())
-
-
-@contextmanager
-def _out_of_memory(device: str) -> Iterator[None]:
-    """What to do about a GPU that is too small, instead of a traceback."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EvlaError(
-            f"{device} is out of memory: use a smaller --batch-size, or --memory-budget, beyond which hidden states "
-            "wait in a file for their turn."
-        ) from error
 
 
 def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ranks) -> dict[str, Any] | None:
@@ -353,7 +349,8 @@ def prune(
     def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
         if plan.checkpoint_sha256 != "":
             _check_source(plan_file or importance, plan.checkpoint_sha256, reader)
-        weights, report = refit_layers(checkpoint, plan, options)
+        with out_of_memory(options.device, _FOR_LESS_MEMORY), failures_of_transformers(checkpoint.root):
+            weights, report = refit_layers(checkpoint, plan, options)
         how = {"refit": True, "refit_last_weight": options.last_weight, "refit_report": report}
         return replace(plan, how=plan.how | how), pruned | weights
 
@@ -587,7 +584,7 @@ def _chosen_by_samples(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """As many layers as `like` has, and what the plan says about them."""
     num_drop = checkpoint.num_layers - len(like)
-    with _out_of_memory(options.device):
+    with out_of_memory(options.device, _FOR_LESS_MEMORY), failures_of_transformers(checkpoint.root):
         dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
     facts = {"layer_method": options.method, "objective": options.objective, "layer_choice": report}
     stable = report["rounds"][-1].pop("stability") if report["rounds"] else None
@@ -662,7 +659,7 @@ def export(
     with new_directory(dest, overwrite, checkpoint.root) as staging:
         checkpoint.reader.start_reading()
         check_export(checkpoint, settings)
-        weights = cast(checkpoint.weights, dtype)
+        weights = cast(checkpoint.weights, dtype, checkpoint.family)
         check_space(staging.parent, total_bytes(weights))
         with _byte_progress("exporting", weights) as on_bytes:
             hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
@@ -674,8 +671,11 @@ def export(
     return facts
 
 
-def cast(weights: LazyTensors, dtype: str | None) -> LazyTensors:
-    return weights if dtype is None else {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
+def cast(weights: LazyTensors, dtype: str | None, family: ModelFamily) -> LazyTensors:
+    """The weights in `dtype` (None: as stored); those of parts that do not follow it stay as they are."""
+    if dtype is None:
+        return weights
+    return {name: lazy.to(DTYPES[dtype]) if family.follows_dtype(name) else lazy for name, lazy in weights.items()}
 
 
 def predict(
@@ -695,8 +695,9 @@ def predict(
     if len(candidates) > 1:
         raise EvlaError(f"{source} lists {len(candidates)} candidates; name the one that is to predict.")
     checkpoint, settings = candidates[0].checkpoint, candidates[0].settings
-    policy = policy_from_weights(checkpoint, settings, device=device, dtype=None if dtype is None else DTYPES[dtype])
-    return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
+    with out_of_memory(device, "use --dtype bfloat16, a smaller model, or --device cpu"):
+        policy = policy_from_weights(checkpoint, settings, device=device, dtype=DTYPES[dtype] if dtype else None)
+        return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
 
 
 def settings_with(path: Path | None, **sections: dict[str, Any]) -> InferenceSettings:

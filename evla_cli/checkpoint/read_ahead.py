@@ -9,7 +9,6 @@ clearing new ones.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from evla_cli.checkpoint.files import Stamp, file_stamp
 from evla_cli.checkpoint.page_cache import ColdRegions
+from evla_cli.checkpoint.system import expect_sequential_reads, physical_bytes
 from evla_cli.errors import EvlaError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _NUM_RECENT = 32  # tensors that the work may still need: those of the layer tha
 # computed, or at the start for libraries to be imported; near enough that what was read is still in the page cache when
 # the work comes to it.
 _AHEAD_BYTES = 9 * 2**28
-_START_BYTES = min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 6)
+_START_BYTES = min(4 * 2**30, (physical_bytes() or 6 * 2**30) // 6)
 
 
 class ReadAheadHash:
@@ -116,9 +116,9 @@ class ReadAheadHash:
 
     def _hash(self, file: FileIO, cold: ColdRegions, digest: Any) -> str:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        expect_sequential_reads(file.fileno())
         position = 0
-        while count := os.preadv(file.fileno(), [buffer], position):
+        while count := file.readinto(buffer):
             if digest is not None:
                 digest.update(buffer[:count])
             position += count

@@ -1,6 +1,5 @@
 """Named tensors that are read only when they are needed: the currency between readers, pruning and writers."""
 
-import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evla_cli.checkpoint.system import c_function
 from evla_cli.errors import EvlaError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _freed_memory_kept() -> Iterator[None]:
     """Let the C library hand out again what one tensor was in for the next, instead of new pages, which the system
     clears first: that takes eight times as long as picking the rows that are put there. Afterwards all of it goes back.
     No effect but on glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = c_function("mallopt")
     if mallopt is None:
         yield
         return
@@ -141,7 +141,7 @@ def _freed_memory_kept() -> Iterator[None]:
 def give_back_freed_memory() -> None:
     """Let the system have what the C library keeps between pieces that are in use: 1.5 GB and more, after tensors of
     many sizes have come and gone. No effect but on glibc."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    malloc_trim = c_function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 

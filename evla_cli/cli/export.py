@@ -24,7 +24,7 @@ Examples:
 @click.option("--cache-interval", type=int, help="Compute the action head every N steps; 1: always.  [default: 5]")
 @click.option("--num-denoise-steps", type=int, help="DDIM steps.  [default: 10]")
 @click.option("--cfg-scale", type=float, help="Classifier-free guidance; 1: none.  [default: 1.5]")
-@click.option("--dtype", type=DTYPE_CHOICE, help="Of the weights (default: as in SOURCE).")
+@click.option("--dtype", type=DTYPE_CHOICE, help="Of the weights but CogACT's action head's (default: as in SOURCE).")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @act_option("Do not act with the bundle: it gets no check.json.")
 @json_option

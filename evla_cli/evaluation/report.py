@@ -305,10 +305,10 @@ def _size_cells(row: dict[str, Any]) -> list[str]:
     own = memory["peak_rss_anon_bytes"] if memory["peak_device_bytes"] is None else memory["peak_device_bytes"]
     return [
         row["name"],
-        row["dtype"],
+        row["dtype"] if row["head_dtype"] == row["dtype"] else f"{row['dtype']}, head {row['head_dtype']}",
         f"{row['parameters'] / 1e6:,.2f} M",
         f"{row['bytes_on_disk'] / 1e6:,.1f} MB",
-        f"{own / 1e6:,.0f} MB",
+        "" if own is None else f"{own / 1e6:,.0f} MB",
         f"{memory['peak_rss_bytes'] / 1e6:,.0f} MB",
         f"{row['load_seconds']:.2f} s",
         f"{row['flops']['paper']['total'] / 1e9:,.2f}",

@@ -19,7 +19,7 @@ from evla_cli.evaluation.suites import Outcome, Suite, Trial, load_suite
 from evla_cli.evaluation.video import check_video, write_video
 from evla_cli.evaluation.workers import run_jobs
 from evla_cli.families import open_checkpoint
-from evla_cli.models.skeleton import check_device
+from evla_cli.models.skeleton import check_device, out_of_memory
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.policy import Policy, open_acting, policy_from_checkpoint
 from evla_cli.schema import SCHEMA_VERSION
@@ -201,8 +201,9 @@ class _Rollouts:
 
     def __call__(self, job: _Job) -> Outcome:
         frames: list[np.ndarray] = []
-        policy = self._policy(job.candidate)
-        outcome = self.suite.run_episode(policy, job.trial, None if job.video is None else frames.append)
+        with out_of_memory(self.device, "use fewer --workers, --dtype bfloat16, or --device cpu"):
+            policy = self._policy(job.candidate)
+            outcome = self.suite.run_episode(policy, job.trial, None if job.video is None else frames.append)
         if job.video is not None:
             write_video(job.video, frames)
         return outcome

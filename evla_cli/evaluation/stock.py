@@ -1,7 +1,7 @@
 """The stock baseline: the same weights as somebody would run them who has transformers and CogACT's paper, not evla.
 
 An independent path, sharing only preprocessing with the runtime. What it does that the runtime's neutral path does not:
-- layers are `nn.Linear` in the weights' own dtype, whether or not the processor can multiply in it;
+- layers are `nn.Linear` in the VLM's dtype, whether or not the processor can multiply in it; the head's in float32;
 - both vision towers run to their end, for the hidden states of their second-to-last block;
 - the language model is called as a `LlamaForCausalLM`: with key-value cache, every layer's hidden states, and lm_head
   over all positions, for the last hidden state of one;
@@ -64,6 +64,7 @@ class StockPolicy(Policy):
 
     def act(self, cognition: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
         head, diffusion = self.model.action_head, self.settings.diffusion
+        cognition = cognition.to(head.positional_embedding)  # float32 behind a language model in bfloat16
         guided = diffusion.cfg_scale > 1.0
 
         def predict_noise(noisy: Tensor, timestep: int, step: int) -> Tensor:

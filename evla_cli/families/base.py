@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from evla_cli.checkpoint.bundle import CHECK
 from evla_cli.checkpoint.files import sha256_file
 from evla_cli.checkpoint.reader import CheckpointReader
@@ -26,7 +28,6 @@ from evla_cli.families.layer_entries import of_kept_layers
 from evla_cli.plan import PrunePlan
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
     from evla_cli.calibration import Sample
@@ -77,6 +78,8 @@ class ModelFamily:
         action_head: module path and weight-name prefix of the action head; None where the model cannot act.
         layers_give_tensors: decoder layers are known to return hidden states alone; else the first one is run once on
             the first batch, to see whether they return a tuple.
+        float32_parts: module paths and weight-name prefixes of what does not follow `--dtype`: it is computed in
+            float32 where that, or what the checkpoint holds, is less, and exported as it is stored.
         towers: name -> vision tower that can be pruned.
         modalities: what stands at which position: given the model's config in JSON form and the real positions (B, T),
             a mask (B, T) for each kind, which together are all real positions; None where all are text.
@@ -93,12 +96,21 @@ class ModelFamily:
     sample_kind: str
     action_head: str | None = None
     layers_give_tensors: bool = False
+    float32_parts: tuple[str, ...] = ()
     towers: Mapping[str, Tower] = field(default_factory=dict)
     modalities: "Callable[[dict[str, Any], torch.Tensor], dict[str, torch.Tensor]] | None" = None
 
     @property
     def has_action_head(self) -> bool:
         return self.action_head is not None
+
+    def follows_dtype(self, name: str) -> bool:
+        """Whether the module or weight of this name is computed and exported in the dtype that is asked for."""
+        return not any(name == part or name.startswith(f"{part}.") for part in self.float32_parts)
+
+    def compute_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the weight `name` is computed in where the model is computed in `dtype`."""
+        return dtype if self.follows_dtype(name) else torch.promote_types(dtype, torch.float32)
 
     @property
     def decoder_layers(self) -> str:

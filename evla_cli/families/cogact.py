@@ -629,6 +629,9 @@ COGACT = ModelFamily(
     sample_kind="image",
     action_head="action_head",
     layers_give_tensors=True,
+    # CogACT's own code has the VLM in bfloat16 (autocast, or `vla.vlm.to(torch.bfloat16)` when it serves a robot) and
+    # casts the cognition token to the action model's dtype, which stays float32.
+    float32_parts=("action_head",),
     towers={
         "dino": Tower(
             blocks="dino.encoder.layer",

@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from evla_cli.families.quantized import check_not_quantized
 from evla_cli.models.tiled_linear import tile_linear
 
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformers saved this buffer
+_OUT_OF_MEMORY = "CUDA error: out of memory|_STATUS_ALLOC_FAILED"  # of the driver; of cuBLAS and cuSOLVER
 
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
@@ -61,21 +64,21 @@ def load_weights(
     module: nn.Module,
     weights: LazyTensors,
     prefix: str = "",
-    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     on_bytes: Callable[[int], Any] | None = None,
 ) -> None:
     """Give every parameter of `module` its tensor, named `prefix` + its own name; mapped tensors are not copied.
+
+    Args:
+        dtypes: by the names in `weights`, where they are to be others than the stored ones.
 
     Errors: a missing weight (KeyError: callers check names first), NaN or infinite values.
     """
     state = {}
     for name in module.state_dict():
         lazy = weights[prefix + name]
-        state[name] = load_finite(prefix + name, lazy)
-        if dtype is not None and lazy.dtype.is_floating_point:
-            state[name] = state[name].to(dtype)
-        state[name] = state[name].to(device)
+        state[name] = load_finite(prefix + name, lazy).to((dtypes or {}).get(prefix + name, lazy.dtype)).to(device)
         if on_bytes:
             on_bytes(lazy.num_bytes)
     assign_weights(module, state)
@@ -94,7 +97,10 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The whole model. Errors: any weight missing, unknown, misshapen or not finite."""
+    """The whole model, in `dtype` (None: as stored) but for what the family keeps in float32.
+
+    Errors: any weight missing, unknown, misshapen or not finite.
+    """
     model = load_plain_model(family, config, weights, where, dtype, device)
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -112,7 +118,9 @@ def load_plain_model(
 ) -> PreTrainedModel:
     """`load_model` with transformers' own linear layers, however slow they are in this dtype."""
     model = checked_skeleton(family, config, weights, where)
-    load_weights(model, with_tied(model, weights), dtype=dtype, device=device)
+    weights = with_tied(model, weights)
+    dtypes = {name: family.compute_dtype(name, dtype or lazy.dtype) for name, lazy in weights.items()}
+    load_weights(model, weights, dtypes=dtypes, device=device)
     move_buffers(model, device)
     return model
 
@@ -127,6 +135,43 @@ def check_device(device: torch.device | str) -> None:
             raise RuntimeError("the meta device computes nothing")
     except (RuntimeError, AssertionError, AttributeError) as error:  # torch's kinds for a device that is not there
         raise EvlaError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}. Try cpu.") from error
+
+
+@contextmanager
+def out_of_memory(device: torch.device | str, advice: str) -> Iterator[None]:
+    """What to do about a GPU that is too small, in one line instead of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise EvlaError(f"{device} is out of memory: {advice}.") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch's own kind, and those of the libraries that it calls."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and re.search(_OUT_OF_MEMORY, str(error)) is not None
+
+
+@contextmanager
+def failures_of_transformers(where: Path) -> Iterator[None]:
+    """What transformers' code for a kind of model raises, in one line: not every kind can be run layer by layer, and
+    some not at all with every config. Errors of other code stay as they are."""
+    try:
+        yield
+    except EvlaError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if _is_out_of_memory(error) or not any("/transformers/models/" in Path(f.filename).as_posix() for f in frames):
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise EvlaError(
+            f"{where}: transformers' code for this kind of model fails when it is run layer by layer "
+            f"({type(error).__name__}: {text})."
+        ) from error
 
 
 def move_buffers(model: nn.Module, device: torch.device | str) -> None:

@@ -85,9 +85,12 @@ class DecoderStream:
         move_buffers(self._model, device)
         for parameter in self._model.parameters():
             parameter.data = parameter.data.to(dtype)  # vision towers ask a weight what dtype their input should have
-        # Linear weights in half precision are held as they are, for they need not be widened before they are used.
+        # Linear weights in half precision are held as they are, for they need not be widened before they are used. What
+        # the family keeps in float32 is small, and asked what dtype its input should have.
         self._dtypes: dict[str, torch.dtype] = {}
         for name, module in self._model.named_modules():
+            if not checkpoint.family.follows_dtype(name):
+                continue
             if type(module) is nn.Linear and (weight := self._weights.get(f"{name}.weight")):
                 stored = weight.dtype if dtype == torch.float32 else dtype
                 if tile_linear(module, stored, dtype, device):
@@ -185,7 +188,8 @@ class DecoderStream:
 
     def _read_weight(self, name: str) -> Tensor:
         lazy = self._weights[name]
-        return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
+        dtype = self._dtypes.get(name) or self.checkpoint.family.compute_dtype(name, self._dtype)
+        return self._upload.put(load_finite(name, lazy), dtype)
 
     def _record(self, samples: list[Sample]) -> Batch:
         """One batch through everything before the layers, and the arguments of every layer."""
@@ -204,14 +208,6 @@ class DecoderStream:
             setattr(owner, attribute, nn.ModuleList([*recorders, *self._idle]))
             try:
                 mask = self._embed(self._model, samples, self.checkpoint.tokenizer_dir, like)
-            except (EvlaError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # whatever a model's own code may raise
-                text = " ".join(str(error).split())[:200]
-                raise EvlaError(
-                    f"{self.checkpoint.root}: transformers' own code cannot run this model on {samples[0].where} "
-                    f"({type(error).__name__}: {text})."
-                ) from error
             finally:
                 setattr(owner, attribute, nn.ModuleList([*self._layers, *self._idle]))
         calls = [recorder.call for recorder in recorders]

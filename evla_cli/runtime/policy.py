@@ -36,7 +36,8 @@ def load_policy(
     """Load a bundle. Needs no network and runs no code from the bundle.
 
     Args:
-        dtype: of weights and activations; None keeps what the bundle holds.
+        dtype: of weights and activations; None keeps what the bundle holds. CogACT's action head and sampler are in
+            float32 in any case, as in CogACT's own code; in float64 if that is asked for.
         seed: of the diffusion noise, see `Policy.predict_action`.
 
     Errors: anything missing, misshapen, not finite, or settings that the model cannot obey.
