@@ -59,8 +59,8 @@ VERSION_TESTS := $(addprefix tests/test_,versions.py models.py policy.py frame_c
 	layer_importance.py mlp_pruning.py)
 
 test-versions: $(OVERLAYS)/oldest/.ready $(OVERLAYS)/newest/.ready  ## Runtime and pruning on the oldest and newest libraries
-	set -e; for age in oldest newest; do \
-		export PYTHONPATH=$(CURDIR)/$(OVERLAYS)/$$age; \
+	@set -e; for age in oldest newest; do \
+		export PYTHONPATH=$(abspath $(OVERLAYS))/$$age; \
 		$(BIN)/python scripts/check_versions.py constraints/$$age.txt; \
 		$(BIN)/python -m pytest -m 'not slow and not fuzz' $(VERSION_TESTS); \
 	done

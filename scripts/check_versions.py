@@ -13,12 +13,19 @@ def main() -> None:
     parser.add_argument("constraints", type=Path)
     path = parser.parse_args().constraints
     pins = read_pins(path)
-    found = {name: importlib.metadata.version(name) for name in pins}
+    found = {name: installed_version(name) for name in pins}
     spec = importlib.util.find_spec("transformers")
     print(f"{path.name}: {', '.join(f'{name} {number}' for name, number in found.items())}")
     print(f"transformers stands in {Path(spec.origin).parent if spec and spec.origin else 'no file'}")
     if found != pins:
         sys.exit(f"Not what {path} pins; run make clean.")
+
+
+def installed_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def read_pins(path: Path) -> dict[str, str]:
