@@ -4,8 +4,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evla_cli.checkpoint.bundle import (
     CHECK,
     SETTINGS,
@@ -22,7 +20,7 @@ from evla_cli.errors import CheckFailed, EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import TOKENIZER_FILES, Checkpoint
 from evla_cli.models.processing import CogACTProcessor
-from evla_cli.models.skeleton import checked_skeleton
+from evla_cli.models.skeleton import checked_skeleton, is_out_of_memory
 from evla_cli.plan import PLAN, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.action_check import ActionCheck, act_once, compare_actions
@@ -184,17 +182,11 @@ def _act(checkpoint: Checkpoint) -> ActionCheck:
 def _reason(error: Exception) -> str:
     if isinstance(error, EvlaError):
         return str(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory; --no-act leaves the act out."
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     first_line = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first_line:.300} (with {versions}; its manifest says what it was made with)."
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a class of its own for GPUs only; on the CPU the words are its allocator's.
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def check_export(checkpoint: Checkpoint, settings: InferenceSettings, num_layers: int | None = None) -> None:

@@ -20,7 +20,8 @@ from evla_cli.families.quantized import check_not_quantized
 from evla_cli.models.tiled_linear import tile_linear
 
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformers saved this buffer
-_OUT_OF_MEMORY = "CUDA error: out of memory|_STATUS_ALLOC_FAILED"  # of the driver; of cuBLAS and cuSOLVER
+# Of the driver; of cuBLAS and cuSOLVER; of torch's allocator on the CPU.
+_OUT_OF_MEMORY = "CUDA error: out of memory|_STATUS_ALLOC_FAILED|can't allocate memory|not enough memory"
 
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
@@ -142,15 +143,15 @@ def out_of_memory(device: torch.device | str, advice: str) -> Iterator[None]:
     """What to do about a GPU that is too small, in one line instead of a traceback."""
     try:
         yield
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise EvlaError(f"{device} is out of memory: {advice}.") from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Torch's own kind, and those of the libraries that it calls."""
-    if isinstance(error, torch.OutOfMemoryError):
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch's own kind, which is for GPUs, those of the libraries that it calls, and its CPU allocator's words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and re.search(_OUT_OF_MEMORY, str(error)) is not None
 
@@ -165,7 +166,7 @@ def failures_of_transformers(where: Path) -> Iterator[None]:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if _is_out_of_memory(error) or not any("/transformers/models/" in Path(f.filename).as_posix() for f in frames):
+        if is_out_of_memory(error) or not any("/transformers/models/" in Path(f.filename).as_posix() for f in frames):
             raise
         text = " ".join(str(error).split())[:200]
         raise EvlaError(
