@@ -1,6 +1,6 @@
 """evla in processes of its own, to be killed, stopped and starved.
 
-They are forked from one process that has imported everything, so that what they do begins at once.
+They are forked from one process that has imported everything (see conftest.py), so that what they do begins at once.
 """
 
 import ctypes
@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["evla_cli.pipeline", "evla_cli.running", "evla_cli.cli.main", "processes"])
 TIMEOUT = 120  # seconds; only a hang takes as long
 
 
@@ -74,6 +74,8 @@ def _run(command: list[str], directory: Path, log: Path, before: Callable[[], An
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if sys.version_info < (3, 14):  # what it forks in turn comes from the same server
+        forkserver._forkserver.ensure_running = lambda: None
     if before is not None:
         before()
     from evla_cli.cli.main import cli
