@@ -1,10 +1,14 @@
 """Pico checkpoints, written once a session. Copy what you change: `shutil.copytree(cogact_run, tmp_path / "run")`."""
 
 import gc
+import os
 import tempfile
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+
+# Before torch: where a test asks for more threads than there are idle cores, those that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pico
 import pytest
@@ -13,7 +17,7 @@ import torch
 from evla_cli.evaluation import memory
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
 
-torch.set_num_threads(1)  # pico tensors are too small to share; threads that wait for one another spin
+torch.set_num_threads(1)  # pico tensors are too small to share
 
 # Every process that a test or evla forks comes from one server, which has imported whatever any of them needs; evla's
 # own choice of what to import there would hold for all that comes after.

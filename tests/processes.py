@@ -9,10 +9,12 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -46,17 +48,6 @@ class Evla:
     def ended(self) -> bool:
         return self.process.exitcode is not None
 
-    def has_mapped(self, path: Path) -> bool:
-        """For its tensors, for good; to see which of its pages are in memory takes a moment."""
-        try:
-            for pause in (0.02, 0):
-                if str(path) not in Path(f"/proc/{self.process.pid}/maps").read_text():
-                    return False
-                time.sleep(pause)
-            return True
-        except OSError:  # it has ended
-            return False
-
     @property
     def stderr(self) -> str:
         return self._log.read_text()
@@ -86,14 +77,41 @@ def _run(command: list[str], directory: Path, log: Path, before: Callable[[], An
 # What can be done `before`; each is a value that can be sent to another process.
 
 
-class Slow:
-    """Every tensor that is read takes `seconds`."""
+class Halt:
+    """The process stops where a tensor's file is mapped and nothing of it was used, until the test lets it go on.
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    Args:
+        once: it reads on until a file of this pattern is there, below its directory.
+    """
+
+    def __init__(self, once: str = "."):
+        self._once = once
+        self._test, self._process = _FORKED.Pipe()
 
     def __call__(self) -> None:
-        on_read(lambda: time.sleep(self.seconds))
+        lock, halted = threading.Lock(), False
+
+        def halt() -> None:
+            nonlocal halted
+            with lock:  # files are read ahead by other threads
+                if not halted and (self._once == "." or any(Path.cwd().glob(self._once))):
+                    halted = True
+                    self._process.send_bytes(b"halted")
+                    self._process.recv_bytes()
+
+        on_read(lambda: None, halt)
+
+    def reached(self, evla: Evla) -> None:
+        """Returns once the process has halted."""
+        ready = wait([self._test, evla.process.sentinel], TIMEOUT)
+        assert self._test in ready, f"ended or hangs before it halted: {evla.stderr}"
+        self._test.recv_bytes()
+
+    def go_on(self) -> None:
+        self._test.send_bytes(b"go on")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_once": self._once, "_process": self._process}
 
 
 class DieAtStep:
@@ -157,8 +175,8 @@ def deaf() -> None:
     on_read(sleep)
 
 
-def on_read(action: Callable[[], Any]) -> None:
+def on_read(before: Callable[[], Any], after: Callable[[], Any] = lambda: None) -> None:
     from evla_cli.checkpoint.mapped_file import MappedFile
 
     view = MappedFile._view
-    MappedFile._view = lambda *arguments: (action(), view(*arguments))[1]
+    MappedFile._view = lambda *arguments: (before(), view(*arguments), after())[1]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
 from evla_cli.errors import EvlaError
@@ -19,7 +20,7 @@ _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # old versions of transformer
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
     """The model with parameters on the meta device (no memory) and the buffers that no checkpoint holds computed."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # what has no memory needs no first values
         model = family.build_model(family.build_config(config))
     _compute_buffers(model)
     return model.eval()
