@@ -1,12 +1,38 @@
 """Pico checkpoints, written once a session. Copy what you change: `shutil.copytree(cogact_run, tmp_path / "run")`."""
 
+import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
+
+# Before torch: where a test asks for more threads than there are idle cores, those that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pico
 import pytest
 import torch
 
+from evla_cli.evaluation import memory
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
+
+torch.set_num_threads(1)  # pico tensors are too small to share
+
+# Every process that a test or evla forks comes from one server, which has imported whatever any of them needs; evla's
+# own choice of what to import there would hold for all that comes after.
+PRELOADED = ["processes", "quick_python", "pico", "pytest", "matplotlib.pyplot", "torch.distributed.run"]
+PRELOADED += [f"evla_cli.{name}" for name in ("running", "comparison", "cli.main", "evaluation.rollout")]
+PRELOADED += [f"evla_cli.evaluation.{name}" for name in ("bench", "compare", "report", "pictures", "stock")]
+forkserver.set_forkserver_preload(PRELOADED)
+forkserver.set_forkserver_preload = lambda modules: None
+memory.START_METHOD = "forkserver"  # test_bench.py measures in a process of its own once
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through it again and again, nor forked processes copy it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +100,15 @@ def bundle(cogact_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bundle") / "bundle"
     pipeline.export(cogact_run, directory, pipeline.settings_with(None, visual_tokens={"num_keep": 8}))
     return directory
+
+
+@pytest.fixture(scope="session")
+def quick_python() -> Iterator[Path]:
+    """A `python` for `-m evla_cli ...` and scripts that starts at once; see quick_python.py for what it is not."""
+    from quick_python import start_server
+
+    with tempfile.TemporaryDirectory(prefix="evla-") as directory:
+        python, server = start_server(Path(directory))
+        yield python
+        server.kill()
+        server.join()

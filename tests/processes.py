@@ -1,6 +1,6 @@
 """evla in processes of its own, to be killed, stopped and starved.
 
-They are forked from one process that has imported everything, so that what they do begins at once.
+They are forked from one process that has imported everything (see conftest.py), so that what they do begins at once.
 """
 
 import ctypes
@@ -9,15 +9,17 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["evla_cli.pipeline", "evla_cli.running", "evla_cli.cli.main", "processes"])
 TIMEOUT = 120  # seconds; only a hang takes as long
 
 
@@ -46,17 +48,6 @@ class Evla:
     def ended(self) -> bool:
         return self.process.exitcode is not None
 
-    def has_mapped(self, path: Path) -> bool:
-        """For its tensors, for good; to see which of its pages are in memory takes a moment."""
-        try:
-            for pause in (0.02, 0):
-                if str(path) not in Path(f"/proc/{self.process.pid}/maps").read_text():
-                    return False
-                time.sleep(pause)
-            return True
-        except OSError:  # it has ended
-            return False
-
     @property
     def stderr(self) -> str:
         return self._log.read_text()
@@ -74,6 +65,8 @@ def _run(command: list[str], directory: Path, log: Path, before: Callable[[], An
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if sys.version_info < (3, 14):  # what it forks in turn comes from the same server
+        forkserver._forkserver.ensure_running = lambda: None
     if before is not None:
         before()
     from evla_cli.cli.main import cli
@@ -84,14 +77,41 @@ def _run(command: list[str], directory: Path, log: Path, before: Callable[[], An
 # What can be done `before`; each is a value that can be sent to another process.
 
 
-class Slow:
-    """Every tensor that is read takes `seconds`."""
+class Halt:
+    """The process stops where a tensor's file is mapped and nothing of it was used, until the test lets it go on.
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    Args:
+        once: it reads on until a file of this pattern is there, below its directory.
+    """
+
+    def __init__(self, once: str = "."):
+        self._once = once
+        self._test, self._process = _FORKED.Pipe()
 
     def __call__(self) -> None:
-        on_read(lambda: time.sleep(self.seconds))
+        lock, halted = threading.Lock(), False
+
+        def halt() -> None:
+            nonlocal halted
+            with lock:  # files are read ahead by other threads
+                if not halted and (self._once == "." or any(Path.cwd().glob(self._once))):
+                    halted = True
+                    self._process.send_bytes(b"halted")
+                    self._process.recv_bytes()
+
+        on_read(lambda: None, halt)
+
+    def reached(self, evla: Evla) -> None:
+        """Returns once the process has halted."""
+        ready = wait([self._test, evla.process.sentinel], TIMEOUT)
+        assert self._test in ready, f"ended or hangs before it halted: {evla.stderr}"
+        self._test.recv_bytes()
+
+    def go_on(self) -> None:
+        self._test.send_bytes(b"go on")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_once": self._once, "_process": self._process}
 
 
 class DieAtStep:
@@ -155,8 +175,8 @@ def deaf() -> None:
     on_read(sleep)
 
 
-def on_read(action: Callable[[], Any]) -> None:
+def on_read(before: Callable[[], Any], after: Callable[[], Any] = lambda: None) -> None:
     from evla_cli.checkpoint.mapped_file import MappedFile
 
     view = MappedFile._view
-    MappedFile._view = lambda *arguments: (action(), view(*arguments))[1]
+    MappedFile._view = lambda *arguments: (before(), view(*arguments), after())[1]

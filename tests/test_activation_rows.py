@@ -63,12 +63,12 @@ def test_it_changes_nothing_else(decoders, text_samples, importance):
     assert plain.layers == pipeline.LayerImportance.load(importance).layers
 
 
-def test_two_ranks_measure_what_one_does(decoders, text_samples, tmp_path):
+def test_two_ranks_measure_what_one_does(quick_python, decoders, text_samples, tmp_path):
     files = []
     for size in (1, 2):
         files.append(tmp_path / f"{size}.json")
         options = ("--samples", text_samples, "-o", files[-1], "--batch-size", 2, "--activations", "--quiet")
-        job = start(size, "-m", "evla_cli", "analyze", decoders("llama"), *options)
+        job = start(quick_python, size, "-m", "evla_cli", "analyze", decoders("llama"), *options)
         assert (errors(finish(job)[1]), job.returncode) == ([], 0)
     one, two = (activations_file(file).read_bytes() for file in files)
     assert one == two  # added up batch by batch, whoever computed them

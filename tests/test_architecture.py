@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,23 +39,23 @@ def unit(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
 def imports(path: Path) -> list[tuple[str, bool]]:
     """Modules of the package that a file imports, and whether it does so inside a function."""
-    tree = ast.parse(path.read_text())
-    hints = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-    ignored = {id(inner) for node in hints for inner in ast.walk(node)}
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    inside = {id(inner) for function in functions for inner in ast.walk(function)}
-    found = []
-    for node in ast.walk(tree):
-        if id(node) in ignored:
+    found = _imports(ast.parse(path.read_text()), inside=False)
+    return [(name, lazy) for name, lazy in found if name != "evla_cli.__version__"]
+
+
+def _imports(tree: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.expr) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("evla_cli"):
             names = [node.module] if "." in node.module else [f"evla_cli.{alias.name}" for alias in node.names]
-            found += [(name, id(node) in inside) for name in names]
+            yield from ((name, inside) for name in names)
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in inside) for alias in node.names if alias.name.startswith("evla_cli")]
-    return [(name, lazy) for name, lazy in found if name != "evla_cli.__version__"]
+            yield from ((alias.name, inside) for alias in node.names if alias.name.startswith("evla_cli"))
+        yield from _imports(node, inside or isinstance(node, ast.FunctionDef))
 
 
 def test_every_unit_has_a_level():

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,21 @@ def block(language: str, start: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
+def make(quick_python) -> Callable[..., str]:
+    """`make(directory, *targets, code=0)`, where `evla` is the module run by a python."""
+    environment = {**os.environ, "EVLA": f"{quick_python} -m evla_cli", "PYTHONPATH": str(ROOT)}
+
+    def run(directory: Path, *targets: str, code: int = 0) -> str:
+        command = ["make", "--no-print-directory", *targets]
+        result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == code, result.stderr
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def repository(make, tmp_path_factory) -> Path:
     """As the document draws it, before the first run. PruneNet is left out: it takes longer than all the rest."""
     root = tmp_path_factory.mktemp("repository")
     (root / "ci").mkdir()
@@ -39,21 +53,13 @@ def repository(tmp_path_factory) -> Path:
     return root
 
 
-def make(root: Path, *targets: str, code: int = 0) -> str:
-    environment = {**os.environ, "EVLA": f"{sys.executable} -m evla_cli", "PYTHONPATH": str(ROOT)}
-    command = ["make", "--no-print-directory", *targets]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == code, result.stderr
-    return result.stdout
-
-
-def test_nothing_is_built_twice_and_the_bundle_is_the_published_one(repository):
+def test_nothing_is_built_twice_and_the_bundle_is_the_published_one(make, repository):
     output = make(repository, "check", "check-manifest")
     assert output.count("unchanged, skipped") == 3
     assert "out/compressed/bundle and published are the same" in output
 
 
-def test_a_change_rebuilds_what_depends_on_it_and_fails_the_check(repository):
+def test_a_change_rebuilds_what_depends_on_it_and_fails_the_check(make, repository):
     recipe = repository / "ci/recipe.yaml"
     before = recipe.read_text()
     recipe.write_text(before.replace("num_keep: 14", "num_keep: 20"))

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -268,19 +267,10 @@ def test_image_file_without_end(tmp_path):
         opened(tmp_path / "a.png")
 
 
-def test_warning_of_pillow_is_no_second_line(bundle, tmp_path):
+def test_warning_of_pillow_is_no_second_line(quick_python, bundle, tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")  # DecompressionBombWarning
-    command = [
-        sys.executable,
-        "-m",
-        "evla_cli",
-        "predict",
-        bundle,
-        "--image",
-        tmp_path / "a.png",
-        "--instruction",
-        "open",
-    ]
+    options = ("--image", tmp_path / "a.png", "--instruction", "open")
+    command = [quick_python, "-m", "evla_cli", "predict", bundle, *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("Error: ")

@@ -11,7 +11,7 @@ from typing import Any
 
 import processes
 import pytest
-from processes import Evla, FileLimit, Slow, wait_for
+from processes import Evla, FileLimit, Halt, wait_for
 from test_bad_input import snapshot
 
 from evla_cli.checkpoint import outputs
@@ -65,12 +65,11 @@ def done(work: Path, *command: str, **options: Any) -> str:
 # Signals
 
 
-def stopped(work: Path, command: tuple[str, ...], number: int, begun: str, **options: Any) -> float:
-    """A signal, once a file `begun` is there: one line, its exit code, nothing left behind. Returns the seconds."""
+def stopped(work: Path, command: tuple[str, ...], number: int, before_that: Any, has_begun: Any) -> float:
+    """A signal, once it has begun: one line, its exit code, nothing left behind. Returns the seconds."""
     before = snapshot(work)
-    evla = Evla(work, *command, **options)
-    wait_for(lambda: list(work.glob(begun)))
-    time.sleep(0.1)
+    evla = Evla(work, *command, before=before_that)
+    has_begun(evla)
     begin = time.monotonic()
     evla.send(number)
     assert evla.wait() == 128 + number, evla.stderr
@@ -85,19 +84,25 @@ def stopped(work: Path, command: tuple[str, ...], number: int, begun: str, **opt
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_signal_stops_at_once_and_leaves_nothing(work, command, number):
-    stopped(work, COMMANDS[command], number, "**/.*.lock", before=Slow(0.05))
+    halt = Halt(once="**/.*.lock")
+    stopped(work, COMMANDS[command], number, halt, halt.reached)
 
 
 @pytest.mark.parametrize("obstacle", ["stuck_in_a_library", "deaf"])
 def test_a_signal_stops_what_does_not_listen(work, obstacle):
-    seconds = stopped(work, PRUNE, signal.SIGTERM, ".out.partial/*/*.pt", before=getattr(processes, obstacle))
+    def is_stuck(evla: Evla) -> None:
+        wait_for(lambda: list(work.glob(".out.partial/*/*.pt")))
+        time.sleep(0.1)  # what is stuck cannot say so
+
+    seconds = stopped(work, PRUNE, signal.SIGTERM, getattr(processes, obstacle), is_stuck)
     assert seconds > GRACE_SECONDS
 
 
 def test_a_second_signal_does_not_cut_the_clearing_short(work):
     before = snapshot(work)
-    evla = Evla(work, *PRUNE, before=Slow(0.05))
-    wait_for((work / ".out.partial").exists)
+    halt = Halt(once=".out.partial")
+    evla = Evla(work, *PRUNE, before=halt)
+    halt.reached(evla)
     for _ in range(20):
         evla.send(signal.SIGINT)
         time.sleep(0.001)
@@ -118,8 +123,9 @@ def test_what_a_killed_run_left_is_found_named_and_removed(work, command):
     assert done(work, *COMMANDS[command]) == ""
     expected = snapshot(work / "out")
     shutil.rmtree(work / "out")
-    evla = Evla(work, *COMMANDS[command], before=Slow(0.05))
-    wait_for(lambda: (work / ".out.partial").exists() and any((work / ".out.partial").iterdir()))
+    halt = Halt(once=".out.partial/*")
+    evla = Evla(work, *COMMANDS[command], before=halt)
+    halt.reached(evla)
     evla.send(signal.SIGKILL)
     assert evla.wait() == -signal.SIGKILL
     assert not (work / "out").exists()
@@ -193,21 +199,25 @@ def test_where_a_symlink_leads(work, tmp_path):
 
 
 def test_of_two_writers_the_second_is_refused(work):
-    first = Evla(work, *PRUNE, before=Slow(0.01))
-    wait_for((work / ".out.partial").exists)
+    halt = Halt(once=".out.partial")
+    first = Evla(work, *PRUNE, before=halt)
+    halt.reached(first)
     second = Evla(work, *PRUNE, "--overwrite")
     assert second.wait() == 2
     assert second.stderr == "Error: Another process is writing out; wait for it or choose another output.\n"
+    halt.go_on()
     assert first.wait() == 0
     assert not list(work.glob(".*"))
 
 
 def test_of_two_runs_of_a_recipe_the_second_is_refused(work):
-    first = Evla(work, *RUN, before=Slow(0.01))
-    wait_for((work / "out/.run.lock").exists)
+    halt = Halt(once="out/.run.lock")
+    first = Evla(work, *RUN, before=halt)
+    halt.reached(first)
     second = Evla(work, *RUN)
     assert second.wait() == 2
     assert second.stderr == "Error: Another process is writing out; wait for it or choose another output.\n"
+    halt.go_on()
     assert first.wait() == 0
     assert not list(work.glob("out/.*"))
 
@@ -259,10 +269,12 @@ def test_too_little_space_is_said_before_the_first_byte(work, small_disk, comman
 @pytest.mark.parametrize("command", ["prune", "export"])
 def test_a_disk_that_fills_up_meanwhile(work, small_disk, command):
     disk = small_disk(3000)
-    evla = Evla(work, command, "run", "disk/out", *COMMANDS[command][3:], before=Slow(0.01))
-    wait_for(lambda: sum(path.stat().st_size for path in disk.rglob("*") if path.is_file()))
+    halt = Halt(once="disk/.out.partial/**/*.*")
+    evla = Evla(work, command, "run", "disk/out", *COMMANDS[command][3:], before=halt)
+    halt.reached(evla)
     with open(disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         file.writelines(repeat(bytes(4096)))
+    halt.go_on()
     assert evla.wait() == 2
     assert evla.stderr == "Error: Cannot write disk/out: No space left on device. Nothing was left behind.\n"
     assert [path.name for path in disk.iterdir()] == ["filler"]
@@ -324,9 +336,9 @@ def test_a_source_that_may_only_be_read(work):
 @pytest.mark.parametrize("change", ["touched", "replaced", "grown"])
 @pytest.mark.parametrize("command", ["prune", "export", "analyze"])
 def test_a_source_that_changes_meanwhile(work, command, change):
-    weights = work / "run/checkpoints/pico.pt"
-    evla = Evla(work, *COMMANDS[command], before=Slow(0.01))
-    wait_for(lambda: evla.has_mapped(weights))
+    weights, halt = work / "run/checkpoints/pico.pt", Halt()
+    evla = Evla(work, *COMMANDS[command], before=halt)
+    halt.reached(evla)
     if change == "touched":
         os.utime(weights)
     elif change == "replaced":
@@ -335,6 +347,7 @@ def test_a_source_that_changes_meanwhile(work, command, change):
     else:
         with open(weights, "ab") as file:
             file.write(b"more")
+    halt.go_on()
     assert evla.wait() == 2
     assert "pico.pt changed while it was being read" in evla.stderr
     assert evla.stderr.count("\n") == 1
@@ -344,10 +357,11 @@ def test_a_source_that_changes_meanwhile(work, command, change):
 @pytest.mark.parametrize("command", ["prune", "export", "analyze"])
 def test_a_source_that_is_cut_short_meanwhile(work, command):
     """As `torch.save` to the same path does first of all: what is mapped and not yet read is gone."""
-    weights = work / "run/checkpoints/pico.pt"
-    evla = Evla(work, *COMMANDS[command], before=Slow(0.01))
-    wait_for(lambda: evla.has_mapped(weights))
+    weights, halt = work / "run/checkpoints/pico.pt", Halt()
+    evla = Evla(work, *COMMANDS[command], before=halt)
+    halt.reached(evla)
     os.truncate(weights, 0)
+    halt.go_on()
     assert evla.wait() == 2
     assert evla.stderr.startswith("Error: ")
     assert "cut short" in evla.stderr or "changed while it was being read" in evla.stderr

@@ -21,11 +21,16 @@ from evla_cli.ranks import Ranks
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(num_ranks: int, *arguments: Any, job: str = "") -> subprocess.Popen:
-    """torchrun on this machine. Everything that it starts carries `job` in its environment."""
+def start(python: Path | str, num_ranks: int, *arguments: Any, job: str = "") -> subprocess.Popen:
+    """torchrun on this machine. Everything that it starts carries `job` in its environment.
+
+    Args:
+        python: what runs torchrun and what torchrun runs; the slow tests take a real one.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EVLA_TEST_JOB": job}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    command = [*torchrun, *map(str, arguments)]
+    environment["PYTHON_EXEC"] = str(python)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [str(python), *torchrun, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -53,13 +58,13 @@ def test_shares_are_everything_in_order_and_even(size, count):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_two_ranks_give_what_one_gives(cogact_run, image_samples, tmp_path):
+def test_two_ranks_give_what_one_gives(quick_python, cogact_run, image_samples, tmp_path):
     """Batches of 2, 2 and 1 samples, padded to different lengths; the action head sees the tokens of all."""
     pytest.importorskip("matplotlib")
     one = pipeline.analyze(cogact_run, image_samples, batch_size=2, with_action_head=True)
     out, figures = tmp_path / "two.json", tmp_path / "figures"
     options = ("--samples", image_samples, "-o", out, "--batch-size", 2, "--figures", figures, "--json")
-    job = start(2, "-m", "evla_cli", "analyze", cogact_run, *options)
+    job = start(quick_python, 2, "-m", "evla_cli", "analyze", cogact_run, *options)
     stdout, stderr = finish(job)
     assert (job.returncode, errors(stderr)) == (0, [])
     assert json.loads(stdout) == json.loads(out.read_text())  # printed by one rank
@@ -83,7 +88,7 @@ def test_two_ranks_give_what_one_gives(cogact_run, image_samples, tmp_path):
 def test_more_ranks_than_batches(decoders, text_samples, tmp_path):
     one = pipeline.analyze(decoders("qwen2"), text_samples)
     options = ("--samples", text_samples, "-o", tmp_path / "three.json", "--quiet")
-    job = start(3, "-m", "evla_cli", "analyze", decoders("qwen2"), *options)
+    job = start(sys.executable, 3, "-m", "evla_cli", "analyze", decoders("qwen2"), *options)
     stdout, stderr = finish(job)
     assert (job.returncode, errors(stderr)) == (0, [])
     assert stdout.count("rank 1 does least") == 1
@@ -92,12 +97,12 @@ def test_more_ranks_than_batches(decoders, text_samples, tmp_path):
     assert three.samples_sha256 == one.samples_sha256
 
 
-def test_an_error_of_one_rank_ends_the_job_and_is_said_once(cogact_run, image_samples, tmp_path):
+def test_an_error_of_one_rank_ends_the_job_and_is_said_once(quick_python, cogact_run, image_samples, tmp_path):
     """The damaged image is the last one, which the second rank reads."""
     samples = shutil.copytree(image_samples, tmp_path / "samples")
     (samples / "4.png").write_bytes(b"no image")
     options = ("--samples", samples, "-o", tmp_path / "i.json", "--batch-size", 1)
-    job = start(2, "-m", "evla_cli", "analyze", cogact_run, *options)
+    job = start(quick_python, 2, "-m", "evla_cli", "analyze", cogact_run, *options)
     stdout, stderr = finish(job)
     assert (job.returncode, stdout) == (1, "")  # torchrun's own code
     (error,) = errors(stderr)
@@ -110,19 +115,20 @@ def test_an_error_of_one_rank_ends_the_job_and_is_said_once(cogact_run, image_sa
 @pytest.mark.slow
 def test_what_is_wrong_for_all_ranks_is_said_once(cogact_run, image_samples, tmp_path):
     (tmp_path / "i.json").write_text("mine")
-    job = start(2, "-m", "evla_cli", "analyze", cogact_run, "--samples", image_samples, "-o", tmp_path / "i.json")
+    options = ("--samples", image_samples, "-o", tmp_path / "i.json")
+    job = start(sys.executable, 2, "-m", "evla_cli", "analyze", cogact_run, *options)
     stdout, stderr = finish(job)
     assert (job.returncode, stdout) == (1, "")
     assert errors(stderr) == [f"Error: {tmp_path / 'i.json'} already exists. Pass --overwrite to replace it."]
     assert (tmp_path / "i.json").read_text() == "mine"
 
 
-def test_a_killed_rank_ends_the_job(tmp_path):
+def test_a_killed_rank_ends_the_job(quick_python, tmp_path):
     """In the middle of the analysis: the output's lock stands, so all ranks have met; no output does."""
     out, name = tmp_path / "i.json", uuid.uuid4().hex
     demo = ROOT / "demo"
     options = ("--samples", demo / "samples", "-o", out, "--batch-size", 1)
-    job = start(2, "-m", "evla_cli", "analyze", demo / "cogact-metaworld", *options, job=name)
+    job = start(quick_python, 2, "-m", "evla_cli", "analyze", demo / "cogact-metaworld", *options, job=name)
     while not (tmp_path / ".i.json.lock").exists():
         assert job.poll() is None, finish(job)
         time.sleep(0.02)
@@ -152,10 +158,10 @@ cli(["exchange"])
 """
 
 
-def test_who_waits_for_a_dead_rank_says_so(tmp_path):
+def test_who_waits_for_a_dead_rank_says_so(quick_python, tmp_path):
     """All but the dead one wait for it; the first alone speaks."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    job = start(3, tmp_path / "script.py")
+    job = start(quick_python, 3, tmp_path / "script.py")
     _, stderr = finish(job, seconds=120)
     assert job.returncode == 1
     (error,) = errors(stderr)

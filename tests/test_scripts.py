@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,15 @@ from evla_cli import pipeline
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
-def make(out: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPTS / "make_synthetic_checkpoint.py"), str(out), *options]
+def make(python: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [str(python), str(SCRIPTS / "make_synthetic_checkpoint.py"), str(out), *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_synthetic_llama_in_shards(tmp_path, text_samples):
+def test_synthetic_llama_in_shards(quick_python, tmp_path, text_samples):
     options = ("--family", "llama", "--size", "64x6x4x2x128", "--dtype", "bfloat16", "--max-shard-size", "3MB")
     for name in ("a", "b"):
-        done = make(tmp_path / name, *options)
+        done = make(quick_python, tmp_path / name, *options)
         assert done.returncode == 0, done.stderr
     index = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
@@ -39,9 +38,9 @@ def test_synthetic_llama_in_shards(tmp_path, text_samples):
     assert np.abs(np.diff(importance)).min() > 1e-4  # layers differ
 
 
-def test_synthetic_size_that_is_none(tmp_path):
+def test_synthetic_size_that_is_none(quick_python, tmp_path):
     for options in (("--family", "llama", "--size", "64x6"), ("--family", "cogact", "--size", "huge")):
-        done = make(tmp_path / "out", *options)
+        done = make(quick_python, tmp_path / "out", *options)
         assert done.returncode == 2
         assert "--size" in done.stderr
         assert not (tmp_path / "out").exists()

@@ -27,6 +27,7 @@ FOR_LESS_MEMORY = (
     "bfloat16, or --device cpu"
 )
 _SECONDS_BETWEEN_SAMPLES = 0.005
+START_METHOD = "spawn"  # a forked process would share the pages of its libraries, and count too few
 
 
 def peak_memory(load: Callable[..., Policy], batch: Batch, device: str, threads: int) -> dict[str, int | None]:
@@ -39,7 +40,7 @@ def peak_memory(load: Callable[..., Policy], batch: Batch, device: str, threads:
         imported_rss_anon_bytes: of the first, what was there before loading began.
         peak_device_bytes: torch's allocations on a GPU; None elsewhere.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, load, batch, device, threads), daemon=True)
     # Ctrl-C reaches every process of a terminal; the child inherits that it is not told.

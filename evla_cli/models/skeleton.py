@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
 from evla_cli.errors import EvlaError
@@ -26,7 +27,7 @@ _OUT_OF_MEMORY = "CUDA error: out of memory|_STATUS_ALLOC_FAILED|can't allocate 
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
     """The model with parameters on the meta device (no memory) and the buffers that no checkpoint holds computed."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # what has no memory needs no first values
         model = family.build_model(family.build_config(config))
     drop_weights(model)  # those that were made elsewhere all the same (DiffLlama's lambdas, with random values)
     _compute_buffers(model)
