@@ -214,14 +214,14 @@ def outcome(kind: str, directory: Path, row_methods: Sequence[str] = ROW_METHODS
     note(
         "layers",
         evla("prune", source, directory / "layers", *layers),
-        lambda: _difference(source, directory / "layers"),
+        lambda: difference(source, directory / "layers"),
     )
     for method in row_methods:
         options = ["--mlp-prune-ratio", "0.25", "--mlp-method", method]
         if method == "activation":
             options += ["--importance", importance]
         error = evla("prune", source, directory / method, *options)
-        note(method, error, lambda method=method: _difference(source, directory / method))
+        note(method, error, lambda method=method: difference(source, directory / method))
     return found
 
 
@@ -231,7 +231,7 @@ def _importance_difference(importance: Path, source: Path, texts: Path) -> float
     return max(abs(layer["importance"] - value) for layer, value in zip(layers, wanted, strict=True))
 
 
-def _difference(source: Path, pruned: Path) -> float:
+def difference(source: Path, pruned: Path) -> float:
     """Of the logits, relative to the largest; infinite where the pruned model does not load whole, or where it writes
     other tokens with its cache than without."""
     from transformers import AutoModelForCausalLM

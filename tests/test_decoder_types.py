@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import decoder_types
+import pico
 import pytest
 import torch
-from decoder_types import causal_types, evla, make_checkpoint, outcome
+from decoder_types import causal_types, difference, evla, make_checkpoint, outcome
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
+from evla_cli.calibration import load_samples
 from evla_cli.families import open_checkpoint
 from evla_cli.families.layer_entries import layer_entries, of_kept_layers
+from evla_cli.models.streaming import DecoderStream
 
 # Of transformers 5.23: whose layers can be dropped and whose MLPs can be narrowed; whose layers can be dropped.
 BOTH = """
@@ -22,7 +27,7 @@ LAYERS = """
 """
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma4_text", "qwen3_5_text", "smollm3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma4_text", "qwen2", "smollm3"])
 def test_layers_and_width_are_right(kind: str, tmp_path: Path):
     found = outcome(kind, tmp_path, ("magnitude",))
     assert found == dict.fromkeys(("inspect", "analyze", "layers", "magnitude"), "right")
@@ -45,6 +50,32 @@ def test_a_layer_that_depends_on_its_number_is_refused(tmp_path: Path):
     found = outcome("diffllama", tmp_path, ("magnitude",))
     assert "model.layers.2 would be built as another layer (self_attn.lambda_init" in found.pop("layers")
     assert found == dict.fromkeys(("inspect", "analyze", "magnitude"), "right")
+
+
+@pytest.mark.parametrize("kind", ["phi", "modernbert-decoder", "lfm2"])  # final_layernorm, final_norm, embedding_norm
+def test_a_final_norm_may_have_any_name(kind: str, tmp_path: Path):
+    """Its output decides where layers are chosen by what changes there."""
+    source = make_checkpoint(tmp_path / "source", kind)
+    pico.write_text_samples(tmp_path / "texts.jsonl")
+    (sample,) = load_samples(tmp_path / "texts.jsonl", "text", 1)
+    stream = DecoderStream(open_checkpoint(source), [sample], 1, torch.float32)
+    for index, layer in enumerate(stream.layers()):
+        (batch,) = stream.batches
+        batch.hidden_states = layer(batch.hidden_states, **stream.arguments(batch, index))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = torch.tensor([Tokenizer.from_file(str(source / "tokenizer.json")).encode(sample.text).ids])
+    with torch.inference_mode():
+        wanted = model.model(ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(stream.load_last_parts()(batch.hidden_states), wanted)
+
+
+@pytest.mark.parametrize("kind", ["phi", "bamba"])
+def test_layers_that_give_tuples_are_chosen_by_samples(kind: str, tmp_path: Path):
+    source = make_checkpoint(tmp_path / "source", kind)
+    pico.write_text_samples(tmp_path / "texts.jsonl")
+    options = ("--drop-layers", "1", "--layer-method", "iterative", "--samples", tmp_path / "texts.jsonl")
+    assert evla("prune", source, tmp_path / "pruned", *options) is None
+    assert difference(source, tmp_path / "pruned") <= decoder_types.TOLERANCE
 
 
 def test_only_the_last_layer_of_its_kind_can_be_asked_for(tmp_path: Path):
