@@ -122,11 +122,17 @@ def _difference(source: nn.Module, pruned: nn.Module, old: int, new: int, stack:
 def _facts(module: nn.Module) -> dict[str, Any]:
     """What a module says of itself: plain attributes and the shapes of its own weights."""
     facts: dict[str, Any] = {
-        name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str) and name not in _FOR_OTHERS
     }
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         facts[name] = None if tensor is None else tuple(tensor.shape)
     return facts
+
+
+# What a layer keeps for others to read changes nothing that it gives; whoever reads it is seen by `check_values`.
+_FOR_OTHERS = ("store_full_length_kv",)
 
 
 def _listed(numbers: Sequence[int]) -> str:
