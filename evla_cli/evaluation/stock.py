@@ -11,6 +11,7 @@ An independent path, sharing only preprocessing with the runtime. What it does t
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,8 @@ def load_stock_policy(
 class StockPolicy(Policy):
     def see(self, inputs: CogACTInputs) -> Tensor:
         model = self.model
-        dino = model.dino(inputs.dino_pixels, output_hidden_states=True).hidden_states[-2]
-        siglip = model.siglip(inputs.siglip_pixels, output_hidden_states=True).hidden_states[-2]
+        dino = _second_to_last(model.dino, model.dino.encoder.layer, inputs.dino_pixels)
+        siglip = _second_to_last(model.siglip, model.siglip.encoder.layers, inputs.siglip_pixels)
         patches = dino[:, 1 + model.config.dino_config.num_register_tokens :]  # without class and register tokens
         visual = model.projector(torch.cat((patches, siglip), dim=2))
         text = model.language_model.get_input_embeddings()(inputs.input_ids)
@@ -81,6 +82,17 @@ class StockPolicy(Policy):
         if diffusion.sampler == "ddpm":
             return sample_ddpm(predict_noise, noise, generator or self._generator, schedule)
         return sample_ddim(predict_noise, noise, diffusion.num_denoise_steps, schedule)
+
+
+def _second_to_last(tower: Any, blocks: Any, pixels: Tensor) -> Tensor:
+    """The output of a tower's second-to-last block, (B, T, D): not every version hands it out when asked for it."""
+    seen: list[Tensor] = []
+    handle = blocks[-2].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
+    try:
+        tower(pixels)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _denoise(head: ActionHead, noisy: Tensor, times: Tensor, condition: Tensor) -> Tensor:
