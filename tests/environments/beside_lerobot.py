@@ -23,9 +23,9 @@ CAMERA, STATE = "observation.images.front", "observation.state"
 # evla alone, as the first thing that its process imports.
 ALONE = """
 import sys
-import numpy, torch
+import numpy, pathlib, torch
 from evla_cli.runtime.policy import policy_from_checkpoint
-policy = policy_from_checkpoint(sys.argv[1], dtype=torch.float32)
+policy = policy_from_checkpoint(pathlib.Path(sys.argv[1]), dtype=torch.float32)
 image = numpy.load(sys.argv[2])
 numpy.save(sys.argv[3], policy.predict_action(image, "open the drawer", seed=1))
 """
