@@ -33,7 +33,12 @@ def in_its_names(tower, state):
         return {f"vision_model.{name}": tensor for name, tensor in state.items()}
     if not any("attention.attention.query" in name for name in tower.state_dict()):
         return state
-    old = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense"}
+    old = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
     return {  # DINOv2 before 5.18
         re.sub(r"(?<=\.attention\.)[qkvo]_proj", lambda match: old[match[0]], name): tensor
         for name, tensor in state.items()

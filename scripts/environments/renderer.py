@@ -12,6 +12,7 @@ from environments.building import Environment, Failed, Missing, run
 
 _ELSEWHERE = "elsewhere set VK_ICD_FILENAMES to the driver file of a GPU, or of lavapipe of Mesa 25 or newer"
 _SUITES = {"bookworm": ("bookworm", "bookworm-backports"), "trixie": ("trixie",)}  # where Mesa 25 is
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 # SAPIEN 2.2.2 asks for an extension that lavapipe lacks and only CUDA needs: another one's name is put in its place.
 _ASKED, _INSTEAD = b"VK_KHR_external_semaphore_fd\0", b"VK_KHR_external_memory_fd\0"
@@ -41,8 +42,8 @@ def _unpack(environment: Environment, mesa: Path) -> None:
     shutil.rmtree(apt, ignore_errors=True)
     for folder in ("lists/partial", "cache/archives/partial"):
         (apt / folder).mkdir(parents=True)
-    site, release, signed_by = _own_mirror()
-    lines = [f"deb [signed-by={signed_by}] {site} {suite} main\n" for suite in _SUITES[release]]
+    site, release = _own_mirror()
+    lines = [f"deb [signed-by={_KEYRING}] {site} {suite} main\n" for suite in _SUITES[release]]
     (apt / "sources.list").write_text("".join(lines))
     settings = {
         "Dir::Etc::SourceList": apt / "sources.list",
@@ -63,14 +64,14 @@ def _unpack(environment: Environment, mesa: Path) -> None:
     shutil.rmtree(apt)
 
 
-def _own_mirror() -> tuple[str, str, str]:
-    """Address, release and keyring of the Debian that this machine's apt is set up with."""
-    wanted = ["--format", "$(SITE) $(RELEASE) $(SIGNED_BY)", "Created-By: Packages", "Component: main"]
+def _own_mirror() -> tuple[str, str]:
+    """Address and release of the Debian that this machine's apt is set up with."""
+    wanted = ["--format", "$(SITE) $(RELEASE)", "Created-By: Packages", "Component: main"]
     listed = subprocess.run(["apt-get", "indextargets", *wanted], capture_output=True, text=True, check=False).stdout
     for line in listed.splitlines():
-        site, release, *keyring = line.split()
-        if release in _SUITES:
-            return site, release, keyring[0] if keyring else "/usr/share/keyrings/debian-archive-keyring.gpg"
+        site, release = line.split()
+        if release in _SUITES and _KEYRING.exists():
+            return site, release
     raise Missing(f"a Vulkan driver; on Debian 12 and 13 this script unpacks one, {_ELSEWHERE}")
 
 

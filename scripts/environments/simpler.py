@@ -15,8 +15,8 @@ from environments.renderer import lavapipe
 SOURCES = Path(__file__).resolve().parent
 
 # Under numpy 2, SAPIEN 2 simulates without collisions. OpenCV asks for numpy 2 from 4.12 on. SAPIEN imports
-# pkg_resources, which setuptools 82 no longer has.
-PINS = ("numpy==1.26.4", "opencv-python<4.12", "opencv-python-headless<4.12", "setuptools<81")
+# pkg_resources, which setuptools 82 no longer has; torch 2.14 asks for 77.0.3, and pip would bring the newest.
+PINS = ("numpy==1.26.4", "opencv-python<4.12", "opencv-python-headless<4.12", "setuptools>=77.0.3,<81")
 # Beside what SimplerEnv asks for: its evaluator imports the first, and writes the policy's pictures with the second.
 UNDECLARED = ("mediapy", "matplotlib")
 
