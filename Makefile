@@ -5,11 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
+OVERLAYS := $(VENV)/overlays
+
 EPISODES ?= 100
 WORKERS ?= 2
 METAWORLD = --suite metaworld --dtype float32 --episodes $(EPISODES) --workers $(WORKERS)
 
-.PHONY: help setup demo report eval-table eval-contrasts test test-slow test-environments fuzz lint format docs train-demo clean
+.PHONY: help setup demo report eval-table eval-contrasts test test-versions test-slow test-environments fuzz lint format docs
+.PHONY: train-demo clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -51,6 +54,22 @@ out/demo-samples/samples.jsonl: | $(VENV)/.metaworld
 
 test: $(STAMP)  ## The test suite (minutes)
 	$(BIN)/python -m pytest -m 'not slow and not fuzz'
+
+# What computes, by all its paths: the runtime under every setting, pruning, every command, the demo's actions.
+VERSION_TESTS := $(addprefix tests/test_,versions.py models.py policy.py frame_cache.py visual_tokens.py \
+	layer_importance.py mlp_pruning.py)
+
+test-versions: $(OVERLAYS)/oldest/.ready $(OVERLAYS)/newest/.ready  ## Runtime and pruning on the oldest and newest libraries
+	@set -e; for age in oldest newest; do \
+		export PYTHONPATH=$(abspath $(OVERLAYS))/$$age; \
+		$(BIN)/python scripts/check_versions.py constraints/$$age.txt; \
+		$(BIN)/python -m pytest -m 'not slow and not fuzz' $(VERSION_TESTS); \
+	done
+
+$(OVERLAYS)/%/.ready: constraints/%.txt $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --requirement $<
+	touch $@
 
 test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
 	$(BIN)/python -m pytest -m slow

@@ -22,7 +22,7 @@ LAYERS = [
     {"checkpoint"},
     {"ranks"},
     {"schema", "progress"},
-    {"errors"},
+    {"errors", "versions"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # A family is data about a model; the functions among its fields build that model when they are called.

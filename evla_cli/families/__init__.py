@@ -7,6 +7,7 @@ from evla_cli.checkpoint.bundle import MANIFEST, open_manifest
 from evla_cli.checkpoint.files import check_exists
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
+from evla_cli.versions import warn_of_untested_versions
 
 # Asked in this order; each module's `open_checkpoint(path)` returns None for what is not its own.
 FAMILIES = {
@@ -21,6 +22,7 @@ def open_checkpoint(path: Path, check_manifest: bool = True) -> Checkpoint:
     Errors: it is none, or files that its manifest lists (where evla wrote one) are missing or of another size.
     """
     check_exists(path)
+    warn_of_untested_versions()
     for module in FAMILIES.values():
         checkpoint = import_module(module).open_checkpoint(path)
         if checkpoint is not None:

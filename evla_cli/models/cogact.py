@@ -117,6 +117,8 @@ class CogACTForActionPrediction(PreTrainedModel):
         self.language_model = LlamaForCausalLM(config.text_config)
         self.action_head = ActionHead(config.action_config)
         self.post_init()
+        # Whatever a config asks for: the runtime makes its masks for it (`runtime.decoder.causal_mask`).
+        self.language_model.set_attn_implementation("sdpa")
 
     def forward(
         self,
@@ -178,7 +180,7 @@ def cognition_token(hidden_states: Tensor, attention_mask: Tensor | None) -> Ten
 
 
 class DinoAttention(nn.Module):
-    """What transformers computes, under the names that it has now: a bundle's weights are named alike in all versions."""
+    """What transformers computes, under its present names: those of a bundle's weights are the same in all versions."""
 
     def __init__(self, config: DinoConfig):
         super().__init__()

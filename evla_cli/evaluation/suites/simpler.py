@@ -277,9 +277,10 @@ def _rendering_device() -> str:
     if probe.returncode == 0 and picked:
         named = re.search(rf"^ *{picked[1]} {{2,}}(.*?) {{2,}}", log, re.MULTILINE)
         return named[1] if named else "unknown"
-    said = re.sub(r"^(\[.*?\] *)+", "", log.strip().splitlines()[-1]) if log.strip() else f"code {probe.returncode}"
+    # Its own errors, and an exception's last line. That of GLFW is there whenever there is no screen.
+    errors = re.findall(r"^(?:.*\[error\] (?!GLFW)|\w+Error: )(.*?)\.?$", log, re.MULTILINE)
     raise EvlaError(
-        f"SAPIEN cannot render here ({said.rstrip('.')}): it needs a Vulkan driver, a GPU's or lavapipe of Mesa 25 "
+        f"SAPIEN cannot render here ({errors[-1] if errors else f'exit code {probe.returncode}'}): it needs a Vulkan driver, a GPU's or lavapipe of Mesa 25 "
         "(docs/closed-loop.md)."
     )
 

@@ -6,6 +6,7 @@ import sys
 ERROR = """\
 [2026-01-01 00:00:00.000] [svulkan2] [error] Vulkan is incompatible with your driver. You may not use the renderer to \
 render, however, CPU resources will be still available.
+[2026-01-01 00:00:00.000] [svulkan2] [info] Vulkan finished
 """
 FOUND = """\
 [2026-01-01 00:00:00.000] [svulkan2] [info] Vulkan instance initialized
