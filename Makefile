@@ -11,11 +11,12 @@ EPISODES ?= 100
 WORKERS ?= 2
 METAWORLD = --suite metaworld --dtype float32 --episodes $(EPISODES) --workers $(WORKERS)
 
-.PHONY: help setup demo report eval-table eval-contrasts test test-versions test-slow fuzz lint format docs train-demo clean
+.PHONY: help setup demo report eval-table eval-contrasts test test-versions test-slow test-environments fuzz lint format docs
+.PHONY: train-demo clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 19
 
 setup: $(STAMP)  ## Create .venv with everything pinned
 
@@ -72,6 +73,9 @@ $(OVERLAYS)/%/.ready: constraints/%.txt $(STAMP)
 
 test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
 	$(BIN)/python -m pytest -m slow
+
+test-environments:  ## Beside lerobot, LIBERO and SIMPLER, whose sources are in SIMPLER=DIR (15 GB, an hour)
+	$(PYTHON) scripts/test_environments.py $(if $(SIMPLER),--simpler '$(SIMPLER)')
 
 fuzz: $(STAMP)  ## Damaged input files by the ten thousand (minutes); a few hundred are in `make test`
 	$(BIN)/python -m pytest -m fuzz tests/fuzz
