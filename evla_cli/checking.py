@@ -251,6 +251,7 @@ def _run(
     load = _Loader(model, checkpoint.weights, silent)
     try:
         with (
+            checkpoint.reader.reading_again(),
             loading_on_first_use(model, load, [*blocks.values()]),
             _watched(blocks, watcher, on_block),
             NothingOnMeta(),

@@ -372,11 +372,11 @@ def prune(
         with _byte_progress("writing", written) as on_bytes:
             hashes = checkpoint.write_pruned(checkpoint, staging, written, plan, on_bytes)
         plan = identified(plan)
+        write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
+        write_manifest(staging, {"checked": check}, hashes)  # where it comes from is what the plan says
         if check:
             before_refit = {name: lazy for name, lazy in pruned.items() if lazy is not written[name]}
             check_values(checkpoint, _reopened(staging, checkpoint, before_refit), plan)
-        write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
-        write_manifest(staging, {"checked": check}, hashes)  # where it comes from is what the plan says
         reader.check_unchanged()
         if on_complete:
             on_complete(staging)
@@ -385,7 +385,7 @@ def prune(
 
 def _reopened(written: Path, source: Checkpoint, instead: LazyTensors) -> Checkpoint:
     """What was written, as anybody would open it, but with these weights (under the source's names)."""
-    checkpoint = open_checkpoint(written, check_manifest=False)
+    checkpoint = open_checkpoint(written)
     prefixes = {source.layer_prefix: source.family.decoder_layers}
     prefixes |= {
         native: ours

@@ -63,6 +63,7 @@ class ReadAheadHash:
         self._drop_behind = True
         self.read_bytes = 0
         self._hurry = threading.Event()
+        self._stopped = False
         self._digests = {path: digest for path, digest in (known or {}).items() if path in self._starts}
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="evla-read-ahead", daemon=True)
@@ -84,6 +85,12 @@ class ReadAheadHash:
         for file in self._followed:
             if file.path in self._cold:
                 self._cold[file.path].drop_all(file)
+
+    def stop(self) -> None:
+        """Read no further: nobody waits for the hashes."""
+        self._stopped = True
+        self._hurry.set()
+        self._thread.join()
 
     def digests(self) -> dict[Path, str]:
         """The hash of every file. Waits for the thread, which stops waiting for anybody. Errors: OSError."""
@@ -118,7 +125,7 @@ class ReadAheadHash:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         expect_sequential_reads(file.fileno())
         position = 0
-        while count := file.readinto(buffer):
+        while not self._stopped and (count := file.readinto(buffer)):
             if digest is not None:
                 digest.update(buffer[:count])
             position += count

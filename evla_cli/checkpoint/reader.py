@@ -1,6 +1,8 @@
 """All tensors of a checkpoint behind one view, whatever files they stand in. Nothing is read before it is used."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +76,16 @@ class CheckpointReader:
             self.read_ahead.follow(self._mapped_files())
         else:
             _ = self.read_ahead
+
+    @contextmanager
+    def reading_again(self) -> Iterator[None]:
+        """As `start_reading`, inside the block, for files that were read before; known hashes are not made again."""
+        ahead = self._reading_ahead(self._known())
+        ahead.follow(self._mapped_files())
+        try:
+            yield
+        finally:
+            ahead.stop()
 
     def start_hashing(self, drop_behind: bool = True) -> ReadAheadHash:
         """The same, in order, and the hash of every file as it is now, even if one is known."""
