@@ -195,6 +195,7 @@ def test_a_measuring_process_that_fails_or_is_killed_is_an_error(cogact_run, dec
 # Intervals
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say():
     """Of 400 draws of 40 values, about 95 % of the intervals must hold the truth (99.9 % limits of 400 tosses)."""
     random = np.random.default_rng(3)

@@ -154,7 +154,7 @@ def test_the_page_says_where_it_comes_from(whole, made, cogact_run):
 
 
 def test_the_same_command_gives_the_same_bytes_wherever_it_writes(made, cogact_run, image_samples, tmp_path):
-    named = ("--dense", cogact_run, "--samples", image_samples, "--runs", 0)
+    named = ("--dense", cogact_run, "--samples", image_samples, "--sample", 0, "--runs", 0)
     for name in ("a", "b"):
         evla("report", made, *named, "-o", tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -333,8 +333,10 @@ def test_a_bundle_alone_knows_its_layers_from_the_plan(made, importance_file, tm
     ("tokens", "reasons"),
     [
         ({"method": "fastv", "num_keep": 5}, {"attended": 5}),
-        ({"method": "random", "num_keep": 5}, {"random": 5}),
-        ({"num_keep": 9, "diversity": "greedy"}, {"key": 4, "task": 2, "diverse": 3}),
+        pytest.param({"method": "random", "num_keep": 5}, {"random": 5}, marks=pytest.mark.slow),
+        pytest.param(
+            {"num_keep": 9, "diversity": "greedy"}, {"key": 4, "task": 2, "diverse": 3}, marks=pytest.mark.slow
+        ),
         ({"num_keep": None}, "keeps all of its 16 visual tokens"),
         ({"method": "vla_cache"}, "depends on the frame before"),
     ],
