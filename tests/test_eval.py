@@ -142,8 +142,8 @@ def seven(log: Path, *arguments: Any) -> tuple[Any, ...]:
     ("number", "code"),
     [
         (signal.SIGKILL, -9),
-        (signal.SIGINT, 130),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),  # the first process does the same for both
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_ended_is_gone_on_with(number, code, listed, whole, tmp_path):

@@ -214,9 +214,9 @@ def kill_at_random(scene: Scene, count: int) -> None:
     raise AssertionError(f"Only {scene.killed()} of {4 * count} runs were killed before they ended.")
 
 
-@scenes(2048, ["prune, overwriting", "run"])
+@scenes(1024, ["prune, overwriting", "run"])
 def test_a_few_random_instants(scene):
-    kill_at_random(scene, 4)
+    kill_at_random(scene, 3)
 
 
 @scenes(2048, ["prune, overwriting without an exchange", "export"])

@@ -359,6 +359,7 @@ def test_every_method_is_drawn_by_its_reasons_or_says_why_not(tokens, reasons, c
         assert sorted(token for kept in each["kept"].values() for token in kept) == selection.kept[0].tolist()
 
 
+@pytest.mark.slow
 def test_denoising_steps_are_measured_on_the_dense_model_or_read(whole, cogact_run, image_samples, tmp_path):
     """The same numbers as `evla analyze --figures` finds, whose samples make one batch here."""
     importance = tmp_path / "importance.json"
@@ -373,6 +374,7 @@ def test_denoising_steps_are_measured_on_the_dense_model_or_read(whole, cogact_r
     assert numbers(tmp_path / "report", "denoising_steps")["step_similarity"] == analyzed["step_similarity"]
 
 
+@pytest.mark.slow
 def test_inputs_of_another_checkpoint_are_told(made, image_samples, tmp_path):
     """Another dense model, and an importance file of another: drawn, with a warning, and no layer called removed."""
     other, root = tmp_path / "other", tmp_path / "mixed"
