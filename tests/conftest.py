@@ -25,7 +25,7 @@ PRELOADED += ["frozen"]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 forkserver.set_forkserver_preload(PRELOADED)
 forkserver.set_forkserver_preload = lambda modules: None
-memory.START_METHOD = "forkserver"  # test_bench.py measures in a process of its own once
+memory.START_METHOD = "forkserver"  # test-slow measures in a process of its own
 
 
 def pytest_collection_finish() -> None:

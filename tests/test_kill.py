@@ -216,13 +216,13 @@ def kill_at_random(scene: Scene, count: int) -> None:
 
 @scenes(1024, ["prune, overwriting", "run"])
 def test_a_few_random_instants(scene):
-    kill_at_random(scene, 3)
+    kill_at_random(scene, 2)
 
 
 @scenes(2048, ["prune, overwriting without an exchange", "export"])
 def test_some_steps(scene):
     """Where directories change is where being killed could hurt most."""
-    for step in range(random.Random(0).randrange(5), 1000, 5):
+    for step in range(random.Random(0).randrange(7), 1000, 7):
         if not scene.kill_at_step(step):
             break
 

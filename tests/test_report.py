@@ -469,6 +469,7 @@ def test_a_damaged_report_of_bench_is_refused(change, made, timed, tmp_path):
     assert "is not what evla bench --json prints." in text
 
 
+@pytest.mark.slow
 def test_only_what_evla_wrote_is_replaced(made, image_samples, tmp_path):
     output = tmp_path / "report"
     evla("report", made, "--runs", 0, "-o", output)
