@@ -51,7 +51,7 @@ out/demo-samples/samples.jsonl: | $(VENV)/.metaworld
 
 # At most 240 seconds of CPU, 120 s on two idle cores. What takes longer gets faster, or is for test-slow if a quick test
 # covers the same promise; a process comes from the fixture quick_python or processes.py, and not with its own imports.
-test: $(STAMP)  ## The test suite (2 minutes); names the 15 slowest tests
+test: $(STAMP)  ## The test suite (minutes); names the 15 slowest tests
 	$(BIN)/python -m pytest -m 'not slow and not fuzz' --durations=15
 
 test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
