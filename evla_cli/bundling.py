@@ -20,7 +20,7 @@ from evla_cli.errors import CheckFailed, EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import TOKENIZER_FILES, Checkpoint
 from evla_cli.models.processing import CogACTProcessor
-from evla_cli.models.skeleton import checked_skeleton, is_out_of_memory
+from evla_cli.models.skeleton import check_fits, is_out_of_memory
 from evla_cli.plan import PLAN, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.action_check import ActionCheck, act_once, compare_actions
@@ -160,7 +160,7 @@ def _check_contents(checkpoint: Checkpoint, keep: bool) -> LazyTensors:
         open_bundle(root)
         check_export(checkpoint, InferenceSettings.load(root / SETTINGS))
     else:
-        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, root)
+        check_fits(checkpoint.family, checkpoint.config, checkpoint.weights, root)
     checked = {}
     with progress_bar("verifying", total_bytes(checkpoint.weights), "B") as bar:
         for name, lazy in checkpoint.weights.items():
@@ -202,7 +202,7 @@ def check_export(checkpoint: Checkpoint, settings: InferenceSettings, num_layers
         )
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
-    checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
+    check_fits(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     config = checkpoint.family.build_config(checkpoint.config)
     CogACTProcessor(config, checkpoint.tokenizer_dir)
     settings.check(

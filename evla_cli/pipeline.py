@@ -39,7 +39,7 @@ from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
 from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
-from evla_cli.models.skeleton import check_device, checked_skeleton, failures_of_transformers, out_of_memory
+from evla_cli.models.skeleton import check_device, check_fits, failures_of_transformers, out_of_memory
 from evla_cli.models.streaming import DecoderStream, captured_inputs
 from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, activations_file, has_activations
 from evla_cli.progress import progress_bar
@@ -309,7 +309,7 @@ def prune(
     reader = checkpoint.reader
 
     def decide() -> tuple[PrunePlan, LazyTensors]:
-        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
+        check_fits(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
         if plan_file is not None:
             plan = _given_plan(plan_file, checkpoint)
             if plan.how.get("refit") and refit is None:

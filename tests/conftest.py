@@ -1,15 +1,12 @@
 """Pico checkpoints, written once a session. Copy what you change: `shutil.copytree(cogact_run, tmp_path / "run")`."""
 
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
-# Before torch: where a test asks for more threads than there are idle cores, those that wait must not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+import beforehand  # noqa: F401
 import pico
 import pytest
 import torch
@@ -21,18 +18,18 @@ torch.set_num_threads(1)  # pico tensors are too small to share
 
 # Every process that a test or evla forks comes from one server, which has imported whatever any of them needs; evla's
 # own choice of what to import there would hold for all that comes after.
-PRELOADED = ["processes", "quick_python", "pico", "pytest", "matplotlib.pyplot", "torch.distributed.run"]
+PRELOADED = ["beforehand", "processes", "quick_python", "pico", "pytest", "matplotlib.pyplot", "torch.distributed.run"]
 PRELOADED += [f"evla_cli.{name}" for name in ("running", "comparison", "cli.main", "evaluation.rollout")]
 PRELOADED += [f"evla_cli.evaluation.{name}" for name in ("bench", "compare", "report", "pictures", "stock")]
+PRELOADED += ["frozen"]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 forkserver.set_forkserver_preload(PRELOADED)
 forkserver.set_forkserver_preload = lambda modules: None
-memory.START_METHOD = "forkserver"  # test_bench.py measures in a process of its own once
+memory.START_METHOD = "forkserver"  # test-slow measures in a process of its own
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the collector need not look through it again and again, nor forked processes copy it."""
-    gc.collect()
-    gc.freeze()
+    import frozen  # noqa: F401
 
 
 @pytest.fixture(scope="session")

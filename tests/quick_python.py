@@ -70,18 +70,16 @@ def _serve(listener: socket.socket) -> None:
             if ready is listener:
                 client, program = _start(listener)
                 programs[client] = program
-            elif isinstance(ready, int):
-                client = sentinels[ready]
-                program = programs.pop(client)
-                program.join()
-                with client, suppress(OSError):  # it was killed
-                    client.sendall(str(program.exitcode).encode())
-            elif ready in programs:
-                number = ready.recv(1) or bytes([signal.SIGKILL])
-                with suppress(ProcessLookupError):
+            elif ready in programs and (number := ready.recv(1)):
+                with suppress(ProcessLookupError):  # it has ended meanwhile
                     os.kill(programs[ready].pid or 0, number[0])
-                if number[0] == signal.SIGKILL:
-                    programs[ready].join()
+            elif (client := sentinels.get(ready, ready)) in programs:  # the program has ended, or the client
+                program = programs.pop(client)
+                if client is ready:
+                    program.kill()
+                program.join()
+                with client, suppress(OSError):  # nobody may be there to be told
+                    client.sendall(str(program.exitcode).encode())
 
 
 def _start(listener: socket.socket) -> tuple[socket.socket, BaseProcess]:
@@ -100,7 +98,7 @@ def _start(listener: socket.socket) -> tuple[socket.socket, BaseProcess]:
 def _run(descriptors: list[int], arguments: list[str], directory: str, environment: dict[str, str]) -> None:
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)

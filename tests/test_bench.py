@@ -174,8 +174,10 @@ def with_ballast(path):
     return policy
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own(cogact_run, monkeypatch):
-    monkeypatch.setattr("evla_cli.evaluation.memory.START_METHOD", "spawn")
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_peak_memory_is_that_of_a_process_of_its_own(cogact_run, monkeypatch, method):
+    """A spawned one, as users have it, takes seconds to import what it needs."""
+    monkeypatch.setattr("evla_cli.evaluation.memory.START_METHOD", method)
     memory = peak_memory(partial(with_ballast, cogact_run), ONE, "cpu", threads=1)
     assert memory["peak_rss_anon_bytes"] - memory["imported_rss_anon_bytes"] >= 400 * 2**20
     assert memory["peak_rss_bytes"] >= memory["peak_rss_anon_bytes"]
@@ -196,6 +198,7 @@ def test_a_measuring_process_that_fails_or_is_killed_is_an_error(cogact_run, dec
 # Intervals
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say():
     """Of 400 draws of 40 values, about 95 % of the intervals must hold the truth (99.9 % limits of 400 tosses)."""
     random = np.random.default_rng(3)

@@ -46,8 +46,8 @@ def contents(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in paths}
 
 
-def process(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+def process(*arguments: str, python: Path | str = sys.executable) -> subprocess.CompletedProcess:
+    return subprocess.run([str(python), *arguments], capture_output=True, text=True, check=False)
 
 
 # Help
@@ -81,8 +81,8 @@ def test_module_runs_as_a_program():
     assert (result.returncode, result.stdout) == (0, f"evla, version {evla_cli.__version__}\n")
 
 
-def test_errors_of_a_real_process(tmp_path):
-    result = process("-m", "evla_cli", "inspect", str(tmp_path / "nowhere"))
+def test_errors_of_a_process(tmp_path, quick_python):
+    result = process("-m", "evla_cli", "inspect", str(tmp_path / "nowhere"), python=quick_python)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"Error: {tmp_path / 'nowhere'} does not exist.\n"
 
@@ -329,6 +329,14 @@ def test_options_win_over_the_settings_file(cogact_run, tmp_path):
     assert facts["bytes"] < (cogact_run / "checkpoints/pico.pt").stat().st_size
 
 
+@pytest.fixture(scope="module")
+def plain(cogact_run, tmp_path_factory) -> Path:
+    """All visual tokens, every denoising step."""
+    directory = tmp_path_factory.mktemp("plain") / "bundle"
+    evla("export", cogact_run, directory, "--cache-interval", 1)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("tokens", "neutral"),
     [
@@ -339,17 +347,16 @@ def test_options_win_over_the_settings_file(cogact_run, tmp_path):
         ("{method: none}", True),
     ],
 )
-def test_every_method_is_exported_verified_and_run(tokens, neutral, cogact_run, image_samples, tmp_path):
+def test_every_method_is_exported_verified_and_run(tokens, neutral, plain, cogact_run, image_samples, tmp_path):
     (tmp_path / "s.yaml").write_text(f"schema_version: 1\nvisual_tokens: {tokens}\naction_cache: {{method: none}}\n")
     evla("export", cogact_run, tmp_path / "b", "--settings", tmp_path / "s.yaml")
-    evla("export", cogact_run, tmp_path / "plain", "--cache-interval", 1)
     assert evla_json("verify", tmp_path / "b")["ok"]
     told = yaml.safe_load((tmp_path / "b/inference.yaml").read_text())
     assert yaml.safe_load(tokens).items() <= told["visual_tokens"].items()
     assert told["action_cache"] == {"method": "none"}
     arguments = ("--image", image_samples / "0.png", "--instruction", "open drawer", "--seed", 3)
-    actions, plain = (evla_json("predict", tmp_path / name, *arguments)["actions"] for name in ("b", "plain"))
-    assert (actions == plain) is neutral
+    actions, expected = (evla_json("predict", path, *arguments)["actions"] for path in (tmp_path / "b", plain))
+    assert (actions == expected) is neutral
 
 
 def test_shards_are_as_small_as_asked(cogact_run, tmp_path):

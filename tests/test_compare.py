@@ -230,6 +230,7 @@ def test_the_plan_is_known_from_an_unpruned_bundle_too(cogact_run, compressed, t
     assert {"layers", "mlp"} <= set(variants(tmp_path / "dense", compressed))
 
 
+@pytest.mark.slow
 def test_without_a_plan_the_weights_are_compared_as_they_are(cogact_run, compressed, image_samples, tmp_path):
     other = tmp_path / "other"
     pico.write_cogact(other)
@@ -250,6 +251,7 @@ def test_without_a_plan_the_weights_are_compared_as_they_are(cogact_run, compres
     assert "has no prune_plan.yaml" in found["notes"][0]
 
 
+@pytest.mark.slow
 def test_two_bundles_of_one_plan(compressed, image_samples, tmp_path):
     pipeline.export(compressed, tmp_path / "neutral", InferenceSettings())
     found = evla_json("compare", tmp_path / "neutral", compressed, "--samples", image_samples)

@@ -138,7 +138,14 @@ def seven(log: Path, *arguments: Any) -> tuple[Any, ...]:
     return ("eval", *arguments, "--suite", "pico_suite:Slow", "-o", log, "--workers", 2, "--quiet")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_ended_is_gone_on_with(number, code, listed, whole, tmp_path):
     log = tmp_path / "log.jsonl"
     process = Evla(tmp_path, *seven(log, listed))

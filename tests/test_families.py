@@ -15,6 +15,7 @@ from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import check_weights
 from evla_cli.families.cogact import NativeNames
+from evla_cli.models import skeleton
 from evla_cli.models.skeleton import build_skeleton, expected_shapes, load_model
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
 from evla_cli.settings import InferenceSettings
@@ -307,3 +308,18 @@ class TestGemma2(KindsOfLayers):
 class TestSmolLM3(KindsOfLayers):
     name = "smollm3"
     lists = ("no_rope_layers",)
+
+
+def test_one_model_is_built_to_check_the_weights_of_a_config_again_and_again(decoders, monkeypatch):
+    checkpoint = open_checkpoint(decoders("qwen2"))  # whose embeddings are tied
+    where = checkpoint.root
+    skeleton.check_fits(checkpoint.family, checkpoint.config, checkpoint.weights, where)
+    monkeypatch.delattr(skeleton, "build_skeleton")
+    skeleton.check_fits(checkpoint.family, checkpoint.config, checkpoint.weights, where)
+    lacking = {name: lazy for name, lazy in checkpoint.weights.items() if name != "model.norm.weight"}
+    with pytest.raises(EvlaError, match=r"model\.norm\.weight"):
+        skeleton.check_fits(checkpoint.family, checkpoint.config, lacking, where)
+    wider = checkpoint.config | {"intermediate_size": 64}
+    monkeypatch.undo()
+    with pytest.raises(EvlaError, match="the model needs"):
+        skeleton.check_fits(checkpoint.family, wider, checkpoint.weights, where)

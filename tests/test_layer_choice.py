@@ -163,7 +163,7 @@ def test_action_equals_removing_and_acting(cogact_run, image_samples, tmp_path, 
     assert len(rounds) == (1 if method == "cosine" else 2)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_refit_aware_equals_refitting_whole_models(decoders, text_samples, tmp_path, model_type):
     """Every run by numpy's least squares, every single removal by a model with that layer gone and that weight changed,
     every set of layers by adding up."""
@@ -377,7 +377,14 @@ def test_files_of_older_versions_still_choose(decoders, text_samples, tmp_path):
 # What must hold for all of them
 
 
-@pytest.mark.parametrize(("method", "objective"), RUN_METHODS)
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        ("refit-aware", "hidden"),
+        ("cosine", "action"),
+        *(pytest.param(*names, marks=pytest.mark.slow) for names in [RUN_METHODS[0], *RUN_METHODS[3:]]),
+    ],
+)
 def test_batches_budgets_and_threads_do_not_matter(cogact_run, image_samples, tmp_path, method, objective):
     def run(**options):
         return choose(cogact_run, image_samples, tmp_path / "out", method, objective, **options)

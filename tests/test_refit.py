@@ -318,6 +318,7 @@ def frames(tmp_path_factory) -> tuple[Path, Path]:
     return root / "fit", root / "unseen"
 
 
+@pytest.mark.slow
 def test_few_frames_do_not_make_the_demos_actions_worse(frames, tmp_path):
     """The shipped model at the size of configs/demo.yaml."""
     from evla_cli.evaluation.fidelity import fidelity, predict_samples

@@ -154,7 +154,7 @@ def test_the_page_says_where_it_comes_from(whole, made, cogact_run):
 
 
 def test_the_same_command_gives_the_same_bytes_wherever_it_writes(made, cogact_run, image_samples, tmp_path):
-    named = ("--dense", cogact_run, "--samples", image_samples, "--runs", 0)
+    named = ("--dense", cogact_run, "--samples", image_samples, "--sample", 0, "--runs", 0)
     for name in ("a", "b"):
         evla("report", made, *named, "-o", tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -333,8 +333,10 @@ def test_a_bundle_alone_knows_its_layers_from_the_plan(made, importance_file, tm
     ("tokens", "reasons"),
     [
         ({"method": "fastv", "num_keep": 5}, {"attended": 5}),
-        ({"method": "random", "num_keep": 5}, {"random": 5}),
-        ({"num_keep": 9, "diversity": "greedy"}, {"key": 4, "task": 2, "diverse": 3}),
+        pytest.param({"method": "random", "num_keep": 5}, {"random": 5}, marks=pytest.mark.slow),
+        pytest.param(
+            {"num_keep": 9, "diversity": "greedy"}, {"key": 4, "task": 2, "diverse": 3}, marks=pytest.mark.slow
+        ),
         ({"num_keep": None}, "keeps all of its 16 visual tokens"),
         ({"method": "vla_cache"}, "depends on the frame before"),
     ],
@@ -357,6 +359,7 @@ def test_every_method_is_drawn_by_its_reasons_or_says_why_not(tokens, reasons, c
         assert sorted(token for kept in each["kept"].values() for token in kept) == selection.kept[0].tolist()
 
 
+@pytest.mark.slow
 def test_denoising_steps_are_measured_on_the_dense_model_or_read(whole, cogact_run, image_samples, tmp_path):
     """The same numbers as `evla analyze --figures` finds, whose samples make one batch here."""
     importance = tmp_path / "importance.json"
@@ -371,6 +374,7 @@ def test_denoising_steps_are_measured_on_the_dense_model_or_read(whole, cogact_r
     assert numbers(tmp_path / "report", "denoising_steps")["step_similarity"] == analyzed["step_similarity"]
 
 
+@pytest.mark.slow
 def test_inputs_of_another_checkpoint_are_told(made, image_samples, tmp_path):
     """Another dense model, and an importance file of another: drawn, with a warning, and no layer called removed."""
     other, root = tmp_path / "other", tmp_path / "mixed"
@@ -465,6 +469,7 @@ def test_a_damaged_report_of_bench_is_refused(change, made, timed, tmp_path):
     assert "is not what evla bench --json prints." in text
 
 
+@pytest.mark.slow
 def test_only_what_evla_wrote_is_replaced(made, image_samples, tmp_path):
     output = tmp_path / "report"
     evla("report", made, "--runs", 0, "-o", output)

@@ -215,9 +215,9 @@ def with_simpler(tmp_path, monkeypatch) -> Path:
 def test_its_evaluator_runs_our_policy(with_simpler, robot_run):
     tasks = ("widowx_put_eggplant_in_basket", "google_robot_close_drawer")
     log = with_simpler / "log.jsonl"
-    options = ("--suite", "simpler", "-o", log, "--tasks", ",".join(tasks), "--episodes", 3)
+    options = ("--suite", "simpler", "-o", log, "--tasks", ",".join(tasks), "--episodes", 2)
     record = evla_json("eval", robot_run, *options, "--video", with_simpler / "videos")
-    assert [row["all"]["episodes"] for row in record["candidates"]] == [6]
+    assert [row["all"]["episodes"] for row in record["candidates"]] == [4]
     assert record["facts"] == {
         "conditions": "visual matching, as in CogACT's scripts",
         "sapien": "3.0.0",
@@ -226,10 +226,10 @@ def test_its_evaluator_runs_our_policy(with_simpler, robot_run):
     }
     logged = [json.loads(line) for line in log.read_text().splitlines()[2:]]
     assert [(line["task"], line["episode"], line["steps"]) for line in logged] == [
-        (task, number, 6) for task in tasks for number in range(3)
+        (task, number, 6) for task in tasks for number in range(2)
     ]
     trace = [json.loads(line) for line in (with_simpler / "trace.jsonl").read_text().splitlines()]
-    eggplant, drawer = trace[1]["given"], trace[4]["given"]
+    eggplant, drawer = trace[1]["given"], trace[3]["given"]
     assert eggplant["obj_episode_id"] == 1
     assert (eggplant["robot_name"], eggplant["control_freq"], eggplant["max_episode_steps"]) == (
         "widowx_sink_camera_setup",
@@ -242,8 +242,8 @@ def test_its_evaluator_runs_our_policy(with_simpler, robot_run):
     assert drawer["robot_init_quat"] == pytest.approx([math.sin(0.01), 0, 0, math.cos(0.01)])
     assert drawer["enable_raytracing"] is True
     assert drawer["additional_env_build_kwargs"]["urdf_version"] == "recolor_cabinet_visual_matching_1"
-    assert len({json.dumps(entry["sent"]) for entry in trace}) == 6  # each episode has noise of its own
-    assert {abs(action[6]) for entry in trace[:3] for action in entry["sent"]} == {1.0}
+    assert len({json.dumps(entry["sent"]) for entry in trace}) == 4  # each episode has noise of its own
+    assert {abs(action[6]) for entry in trace[:2] for action in entry["sent"]} == {1.0}
     names = {path.name for path in (with_simpler / "videos").iterdir()}
     assert names == {f"run-{task}-0000.gif" for task in tasks}
 

@@ -545,6 +545,7 @@ class TestCommands:
         assert "vision" in self.invoke("compare", run, pruned, "--samples", image_samples)
         self.invoke("bench", pruned, "--runs", 1, "--warmup", 0)
 
+    @pytest.mark.slow
     def test_what_each_measure_costs(self, run, image_samples, refit, pruned):
         """Towers alone, without refit, are the checkpoint that is pruned that way."""
         measures = compare(run, refit, image_samples)["measures"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,10 @@ class Bundle:
 
 def library_versions() -> dict[str, str]:
     """Of the libraries that compute what is written; another version may give other bytes."""
-    return {name: version(name) for name in ("numpy", "torch", "transformers")}
+    return {name: _version(name) for name in ("numpy", "torch", "transformers")}
+
+
+_version = cache(version)  # which reads and parses a file each time
 
 
 def write_manifest(root: Path, provenance: dict[str, Any], hashes: Mapping[str, str]) -> None:

@@ -40,7 +40,7 @@ def peak_memory(load: Callable[..., Policy], batch: Batch, device: str, threads:
         imported_rss_anon_bytes: of the first, what was there before loading began.
         peak_device_bytes: torch's allocations on a GPU; None elsewhere.
     """
-    context = multiprocessing.get_context(START_METHOD)
+    context: Any = multiprocessing.get_context(START_METHOD)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, load, batch, device, threads), daemon=True)
     # Ctrl-C reaches every process of a terminal; the child inherits that it is not told.

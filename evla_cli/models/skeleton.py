@@ -1,10 +1,12 @@
 """Models without weights: built on the meta device, then given their tensors by name, all at once or part by part."""
 
+import json
 import math
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,37 @@ def checked_skeleton(family: ModelFamily, config: dict[str, Any], weights: LazyT
         raise EvlaError(
             f"{where}: no model can be built from its config ({type(error).__name__}: {str(error)[:200]})."
         ) from error
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    needed = {name: lazy for name, lazy in weights.items() if name not in tied and not _UNUSED.fullmatch(name)}
-    check_weights(expected_shapes(model), needed, where)
+    needs = _Needs(expected_shapes(model), frozenset(getattr(model, "all_tied_weights_keys", None) or ()))
+    _needs[_key(family, config)] = needs
+    needs.check(weights, where)
     return model
+
+
+def check_fits(family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path) -> None:
+    """The errors of `checked_skeleton`; no model is built where one was built from this config before."""
+    if (needs := _needs.get(_key(family, config))) is not None:
+        needs.check(weights, where)
+    else:
+        checked_skeleton(family, config, weights, where)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a model takes from a checkpoint."""
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: frozenset[str]
+
+    def check(self, weights: LazyTensors, where: Path) -> None:
+        used = {name: lazy for name, lazy in weights.items() if name not in self.tied and not _UNUSED.fullmatch(name)}
+        check_weights(self.shapes, used, where)
+
+
+_needs: dict[str, _Needs] = {}  # a command sees few configs; some kB each
+
+
+def _key(family: ModelFamily, config: dict[str, Any]) -> str:
+    return f"{family.name} {json.dumps(config, sort_keys=True, default=repr)}"
 
 
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
