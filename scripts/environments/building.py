@@ -73,6 +73,7 @@ class Environment:
             "MPLCONFIGDIR": str(self.folder / "cache" / "matplotlib"),
             "PYTHONNOUSERSITE": "1",
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # the models are small
             **self.variables,
         }
 
