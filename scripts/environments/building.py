@@ -12,6 +12,7 @@ from pathlib import Path
 _NO_NETWORK = re.compile(
     "Failed to establish a new connection|Temporary failure in name resolution|Name or service not known|ProxyError"
     "|ConnectTimeout|Network is unreachable|Could not resolve|Could not connect"
+    r"|\(from versions: none\)"
 )
 
 

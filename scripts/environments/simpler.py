@@ -33,11 +33,11 @@ assert 0.86 < height < 0.92, f"the carrot lies at a height of {height} m, not on
 
 
 def build(folder: Path, given: Path) -> Environment:
-    environment = create(folder, [(3, 11)])  # SAPIEN 2.2.2 has no wheels for newer ones
     simpler = folder / "src" / "SimplerEnv"
     maniskill = simpler / "ManiSkill2_real2sim"
     if not (folder / "sources.json").exists():
         _copy(given, simpler, maniskill, folder)
+    environment = create(folder, [(3, 11)])  # SAPIEN 2.2.2 has no wheels for newer ones
     pins = folder / "pins.txt"
     pins.write_text("\n".join(PINS) + "\n")
     install(environment, "--constraint", pins, "setuptools", "wheel")
