@@ -198,7 +198,8 @@ def test_the_least_important_layers_go(pruned, importance):
 def test_pruned_run_is_a_run(pruned, cogact_run):
     facts = evla_json("inspect", pruned)
     assert (facts["family"], facts["layout"]) == ("cogact", "native")
-    assert facts["decoder"] == {"layers": 4, "hidden_size": 64, "intermediate_size": 64}
+    sizes = {"layers": 4, "hidden_size": 64, "intermediate_size": 64}
+    assert facts["decoder"] == sizes | {"mlp_can_be_narrowed": True}
     for name in ("config.json", "dataset_statistics.json", "tokenizer.json"):
         assert (pruned / name).read_bytes() == (cogact_run / name).read_bytes()
 

@@ -23,9 +23,11 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 # Wide enough (512 x 160) for torch to divide its work among threads, which the pico checkpoints are not.
 SCRIPT = """
-import sys
+import os, sys
+import torch
 from evla_cli.cli.main import cli
 
+torch.set_num_threads(int(os.environ["THREADS"]))
 source, samples, out = sys.argv[1:]
 for arguments in (
     ["analyze", source, "--samples", samples, "-o", f"{out}/importance.json", "--num-samples", "4"],
@@ -51,10 +53,10 @@ def outputs(tmp_path_factory, quick_python) -> tuple[Path, Path]:
     first, second = tmp_path_factory.mktemp("alice"), tmp_path_factory.mktemp("bob") / "some" / "elsewhere0"
     second.mkdir(parents=True)
     checkpoint, samples = DEMO / "cogact-metaworld", DEMO / "samples"
-    process(quick_python, first, checkpoint, samples, first, USER="alice", TZ="UTC")  # one thread
+    process(quick_python, first, checkpoint, samples, first, THREADS="1", USER="alice", TZ="UTC")
     relative = [Path(os.path.relpath(path, second)) for path in (checkpoint, samples)]
     seed = "3" if os.environ.get("PYTHONHASHSEED") == "2" else "2"  # not that of the first
-    other = {"OMP_NUM_THREADS": "2", "PYTHONHASHSEED": seed, "USER": "bob", "TZ": "Asia/Tokyo"}
+    other = {"THREADS": "2", "PYTHONHASHSEED": seed, "USER": "bob", "TZ": "Asia/Tokyo"}
     process(sys.executable, second, *relative, Path("."), **other)
     return first, second
 
