@@ -5,15 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
+OVERLAYS := $(VENV)/overlays
+
 EPISODES ?= 100
 WORKERS ?= 2
 METAWORLD = --suite metaworld --dtype float32 --episodes $(EPISODES) --workers $(WORKERS)
 
-.PHONY: help setup demo report eval-table eval-contrasts test test-slow fuzz lint format docs train-demo clean
+.PHONY: help setup demo report eval-table eval-contrasts test test-versions test-slow test-environments fuzz lint format docs
+.PHONY: train-demo clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 19
 
 setup: $(STAMP)  ## Create .venv with everything pinned
 
@@ -54,8 +57,27 @@ out/demo-samples/samples.jsonl: | $(VENV)/.metaworld
 test: $(STAMP)  ## The test suite (minutes); names the 15 slowest tests
 	$(BIN)/python -m pytest -m 'not slow and not fuzz' --durations=15
 
+# What computes, by all its paths: the runtime under every setting, pruning, every command, the demo's actions.
+VERSION_TESTS := $(addprefix tests/test_,versions.py models.py policy.py frame_cache.py visual_tokens.py \
+	layer_importance.py mlp_pruning.py families.py)
+
+test-versions: $(OVERLAYS)/oldest/.ready $(OVERLAYS)/newest/.ready  ## Runtime and pruning on the oldest and newest libraries
+	@set -e; for age in oldest newest; do \
+		export PYTHONPATH=$(abspath $(OVERLAYS))/$$age; \
+		$(BIN)/python scripts/check_versions.py constraints/$$age.txt; \
+		$(BIN)/python -m pytest -m 'not slow and not fuzz' $(VERSION_TESTS); \
+	done
+
+$(OVERLAYS)/%/.ready: constraints/%.txt $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --requirement $<
+	touch $@
+
 test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
 	$(BIN)/python -m pytest -m slow
+
+test-environments:  ## Beside lerobot, LIBERO and SIMPLER, whose sources are in SIMPLER=DIR (15 GB, an hour)
+	$(PYTHON) scripts/test_environments.py $(if $(SIMPLER),--simpler '$(SIMPLER)')
 
 fuzz: $(STAMP)  ## Damaged input files by the ten thousand (minutes); a few hundred are in `make test`
 	$(BIN)/python -m pytest -m fuzz tests/fuzz

@@ -1,26 +1,30 @@
 """Self-contained bundles: everything a robot process needs in one directory, written and verified."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from evla_cli.checkpoint.bundle import (
+    CHECK,
     SETTINGS,
     check_is_bundle,
     differing_files,
+    library_versions,
     open_bundle,
     open_manifest,
     write_manifest,
 )
 from evla_cli.checkpoint.files import copy_file, write_json, write_text, write_yaml
-from evla_cli.checkpoint.tensors import load_finite, total_bytes, total_elements
+from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, total_bytes, total_elements
 from evla_cli.errors import CheckFailed, EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import TOKENIZER_FILES, Checkpoint
 from evla_cli.models.processing import CogACTProcessor
-from evla_cli.models.skeleton import check_fits
+from evla_cli.models.skeleton import check_fits, is_out_of_memory
 from evla_cli.plan import PLAN, PrunePlan
 from evla_cli.progress import progress_bar
+from evla_cli.runtime.action_check import ActionCheck, act_once, compare_actions
+from evla_cli.runtime.policy import policy_from_weights
 from evla_cli.settings import InferenceSettings, PruneRecipe
 
 
@@ -34,7 +38,7 @@ def write_bundle_files(
 ) -> None:
     """Everything in a bundle but the weights, whose `hashes` are known; the manifest last, since it lists the rest."""
     assert checkpoint.tokenizer_dir is not None
-    write_json(dest / "config.json", checkpoint.config)
+    write_json(dest / "config.json", checkpoint.config, allow_nan=True)
     write_yaml(dest / SETTINGS, settings.to_record(), "How evla's runtime runs this model; every key: docs/files.md.")
     for name in TOKENIZER_FILES:
         if (checkpoint.tokenizer_dir / name).is_file():
@@ -75,23 +79,60 @@ def _provenance(checkpoint: Checkpoint, plan: PrunePlan | None, export: dict[str
     return {"source": source, "plan": decided, "recipe": recipe | {"export": export}}
 
 
-def verify_bundle(root: Path) -> dict[str, Any]:
+def verify_bundle(root: Path, act: bool = True) -> dict[str, Any]:
     """All that can be wrong with a bundle or a pruned checkpoint: files and hashes, weights against the model, NaN, and
-    a bundle's settings against both. Reads every byte once.
+    a bundle's settings against both; then a bundle acts once, as its `check.json` says if it has one.
 
     Errors: CheckFailed for whatever is wrong; EvlaError where there is nothing to check.
     """
+    facts, action = _verified(root, act)
+    if action is None:
+        reason = "--no-act was given" if not act else "it is no bundle"
+        return facts | {"act": {"acted": False, "compared": False, "reason": reason}}
+    try:
+        then = ActionCheck.load(root)
+        if then is None:
+            return facts | {"act": {"acted": True, "compared": False, "reason": f"it has no {CHECK}"}}
+        result = compare_actions(then, action)
+    except EvlaError as error:
+        raise CheckFailed(str(error)) from error
+    if not result.passed:
+        where = (
+            f"made with other {', '.join(result.elsewhere)}" if result.elsewhere else "made under the same conditions"
+        )
+        raise CheckFailed(
+            f"{root} does not act as its {CHECK} says ({where}): the actions differ by up to "
+            f"{result.largest_difference:g}, {result.tolerance:g} is allowed."
+        )
+    compared = {"largest_difference": result.largest_difference, "tolerance": result.tolerance}
+    return facts | {"act": {"acted": True, "compared": True, **compared, "elsewhere": list(result.elsewhere)}}
+
+
+def finish_bundle(root: Path, act: bool = True) -> dict[str, Any]:
+    """Read again what was just written, let it act, and write down what it did, for `verify_bundle` to compare with."""
+    facts, action = _verified(root, act)
+    if action is not None:
+        action.write(root)
+    return facts | {"acted": action is not None}
+
+
+def _verified(root: Path, act: bool) -> tuple[dict[str, Any], ActionCheck | None]:
+    """How much was found to be right, and what the bundle did; None for what cannot or need not act. Reads every byte
+    once, and a second time what acts and did not stay in the page cache."""
     check_is_bundle(root)
+    ahead, action = None, None
     try:
         bundle = open_manifest(root)
-        problem, digests = None, None
+        problem: EvlaError | None = None
+        digests = None
         try:
             checkpoint = open_checkpoint(root)
-            hashing = checkpoint.reader.start_hashing()
-            _check_contents(checkpoint)
-            digests = hashing.digests()
-        except OSError:  # the hashes, which read the files again, tell what it is
-            pass
+            act = act and checkpoint.layout == "bundle"
+            ahead = checkpoint.reader.start_hashing(drop_behind=not act)
+            checked = _check_contents(checkpoint, keep=act)
+            digests = ahead.digests()
+        except OSError as error:  # the hashes, which read the files again, may tell what it is
+            problem = EvlaError(f"Cannot read {root}: {error.strerror}.")
         except EvlaError as error:  # of a file that was changed, that is the thing to say
             problem = error
         changed = differing_files(bundle, digests)
@@ -101,24 +142,51 @@ def verify_bundle(root: Path) -> dict[str, Any]:
             ) from problem
         if problem is not None:
             raise problem
+        if act:  # now that every byte is what was written: only what reads them can be wrong
+            action = _act(replace(checkpoint, weights=checked))
     except EvlaError as error:
         raise CheckFailed(str(error)) from error
+    finally:
+        if act and ahead is not None:
+            ahead.drop()
     weights = checkpoint.weights
-    return {"files": len(bundle.files), "tensors": len(weights), "bytes": total_bytes(weights)}
+    return {"files": len(bundle.files), "tensors": len(weights), "bytes": total_bytes(weights)}, action
 
 
-def _check_contents(checkpoint: Checkpoint) -> None:
-    """Everything but the hashes."""
+def _check_contents(checkpoint: Checkpoint, keep: bool) -> LazyTensors:
+    """Everything but the hashes. Returns the weights that were checked if they are to be kept."""
     root = checkpoint.root
     if checkpoint.layout == "bundle":
         open_bundle(root)
         check_export(checkpoint, InferenceSettings.load(root / SETTINGS))
     else:
         check_fits(checkpoint.family, checkpoint.config, checkpoint.weights, root)
+    checked = {}
     with progress_bar("verifying", total_bytes(checkpoint.weights), "B") as bar:
         for name, lazy in checkpoint.weights.items():
-            load_finite(name, lazy)
+            tensor = load_finite(name, lazy)
+            if keep:
+                checked[name] = LazyTensor.of(tensor, finite=True)
             bar.update(lazy.num_bytes)
+    return checked
+
+
+def _act(checkpoint: Checkpoint) -> ActionCheck:
+    """As a robot process would. Errors (CheckFailed): whatever happens but an interrupt."""
+    try:
+        return act_once(policy_from_weights(checkpoint, InferenceSettings.load(checkpoint.root / SETTINGS)))
+    except Exception as error:  # of transformers and torch, which raise any kind when they do not fit
+        raise CheckFailed(f"{checkpoint.root} cannot act: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, EvlaError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "out of memory; --no-act leaves the act out."
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {first_line:.300} (with {versions}; its manifest says what it was made with)."
 
 
 def check_export(checkpoint: Checkpoint, settings: InferenceSettings, num_layers: int | None = None) -> None:
@@ -166,4 +234,5 @@ layers with an MLP width of {checkpoint.intermediate_size}; {tokens.num_keep or 
 | `tokenizer.json`, `dataset_statistics.json` | as they came with the source |
 | `prune_plan.yaml` | which layers and channels were removed, and why (where the source was pruned) |
 | `manifest.json` | size and SHA-256 of every file; `evla verify` checks them |
+| `check.json` | what it did where it was made (if it acted there); `evla verify` lets it act again and compares |
 """

@@ -1,7 +1,8 @@
 """Calibration samples as a stream: camera images with instructions, or texts.
 
 A folder with `samples.jsonl`, one `{"image": "frames/0001.png", "instruction": "open the drawer"}` a line and the image
-files beside it; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line.
+files beside it; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files
+are read as far as samples are asked for.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evla_cli.checkpoint.files import inside, parse_json, read_text
+from evla_cli.checkpoint.files import inside, parse_json, text_lines
 from evla_cli.errors import EvlaError
 
 if TYPE_CHECKING:
@@ -25,6 +26,19 @@ _HELD_OUT = 5  # every fifth sample judges what the others are fit to
 _MAX_PIXELS = 34_000_000  # a frame in 8K; more is a decompression bomb
 _MAX_SIDE = 65_535  # Pillow needs memory for every row
 _MAX_BYTES = 4 * _MAX_PIXELS
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+# A file of texts has one sample a line. Of these one would make samples of brackets, columns or compressed bytes.
+_PANDAS = "pandas.{reader}('{name}').to_json('samples.jsonl', orient='records', lines=True) makes it of a table"
+_CONVERTED = {
+    ".json": "jq -c '.[]' {name} > samples.jsonl makes it of a list",
+    ".csv": _PANDAS.replace("{reader}", "read_csv"),
+    ".tsv": _PANDAS.replace("{reader}", "read_table"),
+    ".parquet": _PANDAS.replace("{reader}", "read_parquet"),
+    ".feather": _PANDAS.replace("{reader}", "read_feather"),
+    ".arrow": "datasets.Dataset.from_file('{name}').to_json('samples.jsonl') makes it of a data set",
+    **dict.fromkeys((".yaml", ".yml", ".xml", ".html", ".pdf", ".docx", ".xlsx", ".pkl", ".npz"), "convert it"),
+    **dict.fromkeys((".gz", ".zip", ".zst", ".bz2", ".xz", ".tar", ".tgz", ".7z"), "unpack it first"),
+}
 # Pillow also reads PostScript and the like, by running another program on the file.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # of 8 bits, or less, a channel
@@ -65,7 +79,7 @@ def load_samples(data: Path, kind: str, num_samples: int | None = None) -> list[
     file = data / "samples.jsonl" if data.is_dir() else data
     if not file.is_file():
         raise EvlaError(f"{data} has no samples.jsonl (one {_EXAMPLES[kind]} a line).")
-    if kind == "image" and file.suffix != ".jsonl":
+    if kind == "image" and file.suffix.lower() not in _JSON_LINES:
         raise EvlaError(f"{data} must be a folder with samples.jsonl (one {_EXAMPLES[kind]} a line).")
     stream = _image_samples(file) if kind == "image" else _text_samples(file)
     samples = []
@@ -114,13 +128,38 @@ def load_image(path: Path, where: str) -> "Image":
                     raise EvlaError(
                         f"{where} has pixels of Pillow's mode {image.mode}; convert it to 8 bits a channel."
                     )
-                return image.convert("RGB")
+                return upright(image).convert("RGB")
     except EvlaError:
         raise
     except UnidentifiedImageError as error:
         raise EvlaError(f"{where} is not an image in a format that is read: {', '.join(_FORMATS)}.") from error
     except Exception as error:  # PIL raises many kinds for damaged files
         raise EvlaError(f"{where} is not an image that can be read ({type(error).__name__}: {error}).") from error
+
+
+_ORIENTATION = 0x0112  # in EXIF: how the picture is to be turned to be seen as the camera saw it
+
+
+def upright(image: "Image") -> "Image":
+    """As its EXIF data say that it is to be seen; as it is where they say nothing that can be read."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    image.load()  # before the metadata are looked for: what is wrong with the picture itself is an error
+    # Not PIL.ImageOps.exif_transpose, which also writes the EXIF data anew and stumbles over damaged ones.
+    try:
+        turn = turns.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises many kinds for damaged metadata; the picture is none the worse for them
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _image_samples(file: Path) -> Iterator[Sample]:
@@ -131,17 +170,43 @@ def _image_samples(file: Path) -> Iterator[Sample]:
 
 
 def _text_samples(file: Path) -> Iterator[Sample]:
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() in _JSON_LINES:
         for where, record in _json_lines(file):
             yield Sample(where, text=_field(record, "text", where))
-    else:
-        for number, line in enumerate(read_text(file).split("\n"), start=1):
-            if line.strip():
-                yield Sample(f"{file}:{number}", text=line)
+        return
+    how = _CONVERTED.get(file.suffix.lower())
+    if how is not None:
+        raise _no_texts(file, how.replace("{name}", file.name))
+    first = True
+    for number, line in text_lines(file):
+        if line.strip():
+            if first and _looks_like_json(line):
+                raise _no_texts(file, "it holds JSON; if that has one object a line, name the file .jsonl")
+            first = False
+            yield Sample(f"{file}:{number}", text=line)
+
+
+def _no_texts(file: Path, how: str) -> EvlaError:
+    return EvlaError(
+        f"{file} is not read as texts: expected JSON lines (.jsonl, one {_EXAMPLES['text']} a line) or plain text with "
+        f"one sample a line (.txt); {how}."
+    )
+
+
+def _looks_like_json(line: str) -> bool:
+    """Of the first line of a file: a list or an object begins, or there is a whole one like those of samples.jsonl."""
+    if line.strip() in ("[", "{", "[{"):
+        return True
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return False
+    samples = value if isinstance(value, list) else [value]
+    return any(isinstance(sample, dict) and sample.keys() & {"text", "image", "instruction"} for sample in samples)
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
+    for number, line in text_lines(file):
         if not line.strip():
             continue
         where = f"{file}:{number}"

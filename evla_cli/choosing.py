@@ -139,7 +139,7 @@ class _Choice:
         self._row_weights = torch.cat(counted).cpu()  # (M)
         counts = torch.cat([rows.sum(dim=1) for rows in self._judging_rows])[len(fit_to) :]
         self._row_samples = torch.arange(len(counts)).repeat_interleave(counts)  # (M)
-        self._norm = self._stream.load_part(f"{checkpoint.family.decoder}.norm")
+        self._norm = self._stream.load_last_parts()
         self._head: Any = None
         if options.objective == "action":
             self._head = self._stream.load_part(checkpoint.family.action_head or "")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS
+from evla_cli.checkpoint.bundle import CHECK, MANIFEST, SETTINGS
 from evla_cli.checkpoint.files import read_json, read_yaml, same_bytes, sha256_file
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.families import open_checkpoint
@@ -136,10 +136,11 @@ def _compare_files(this: Checkpoint, other: Checkpoint, config: list[Difference]
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """The files that a checkpoint consists of, by their path inside it."""
+    """The files that a checkpoint consists of, by their path inside it. A bundle's check is of another machine."""
     root = checkpoint.root
     paths = [*checkpoint.reader.files, *other_files(root), *sorted((root / "llm_config").glob("*"))]
-    return {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    ignored = {CHECK} if checkpoint.layout == "bundle" else set()
+    return {path.relative_to(root).as_posix(): path for path in paths if path.is_file() and path.name not in ignored}
 
 
 def _same_file(this: Path | None, other: Path | None) -> bool:

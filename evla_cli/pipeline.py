@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evla_cli.bundling import check_export, verify_bundle, write_bundle_files
+from evla_cli.bundling import check_export, finish_bundle, write_bundle_files
 from evla_cli.calibration import combined_sha256, load_image, load_samples
+from evla_cli.checking import check_values, fit_packed_layers
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
 from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
@@ -22,9 +23,10 @@ from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, to
 from evla_cli.checkpoint.writer import parse_size, write_huggingface_weights
 from evla_cli.choosing import ChoiceOptions, choose_by_samples
 from evla_cli.errors import EvlaError, suggest
+from evla_cli.evaluation.candidates import open_candidates
 from evla_cli.evaluation.figures import check_figures, draw_importance
 from evla_cli.families import open_checkpoint
-from evla_cli.families.base import Checkpoint, check_weights
+from evla_cli.families.base import Checkpoint, ModelFamily, check_weights
 from evla_cli.methods.layer_importance import (
     importance_and_error,
     position_weights,
@@ -37,12 +39,13 @@ from evla_cli.methods.mlp_pruning import channel_energy, prune_width
 from evla_cli.methods.row_selection import MlpLayers, select_channels
 from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
-from evla_cli.models.skeleton import check_device, check_fits
+from evla_cli.models.skeleton import check_device, check_fits, failures_of_transformers, out_of_memory
 from evla_cli.models.streaming import DecoderStream, captured_inputs
 from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, activations_file, has_activations
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
 from evla_cli.refitting import RefitOptions, refit_layers
+from evla_cli.runtime.policy import policy_from_weights
 from evla_cli.runtime.recording import denoise_similarity
 from evla_cli.schema import SCHEMA_VERSION, from_mapping
 from evla_cli.settings import InferenceSettings, PruneRecipe
@@ -52,6 +55,10 @@ from evla_cli.vision.planning import ReadRms, VisionOptions, check_towers, fores
 OnComplete = Callable[[Path], Any]  # is given the complete output right before the rename that puts it in its place
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ANALYZE_OPTIONS = ("num_samples", "batch_size", "dtype")  # that change the result; all of them stand in its file
+_FOR_LESS_MEMORY = (
+    "use a smaller batch size, --memory-budget, beyond which hidden states wait in a file for their turn, fewer "
+    "samples, or --device cpu"
+)
 
 
 def analyze(
@@ -92,7 +99,11 @@ def analyze(
     if ranks.first:  # it alone hashes the checkpoint
         reader.start_reading(in_order=False)
     meter = TowerMeter(checkpoint, with_channels=channel_rms is not None)
-    with torch.inference_mode(), _out_of_memory(device):
+    with (
+        torch.inference_mode(),
+        out_of_memory(device, _FOR_LESS_MEMORY),
+        failures_of_transformers(checkpoint.root),
+    ):
         stream = DecoderStream(
             checkpoint,
             mine,
@@ -201,23 +212,11 @@ def _root_mean_square(energies: list[tuple[Tensor, int]]) -> LazyTensor:
     return LazyTensor.of((total / count).sqrt().float())
 
 
-@contextmanager
-def _out_of_memory(device: str) -> Iterator[None]:
-    """What to do about a GPU that is too small, instead of a traceback."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EvlaError(
-            f"{device} is out of memory: use a smaller --batch-size, or --memory-budget, beyond which hidden states "
-            "wait in a file for their turn."
-        ) from error
-
-
 def _denoise_similarity(checkpoint: Checkpoint, stream: DecoderStream, ranks: Ranks) -> dict[str, Any] | None:
     """How alike the action head's denoising steps are, given the cognition tokens of the samples."""
     if checkpoint.family.action_head is None:
         return None
-    norm = stream.load_part(f"{checkpoint.family.decoder}.norm")
+    norm = stream.load_last_parts()
     batches = map(stream.on_device, stream.batches)
     tokens = [cognition_token(norm(hidden_states), mask) for hidden_states, mask in batches]
     everyones = torch.cat(ranks.gather([token.cpu() for token in tokens])).to(stream.device)
@@ -290,6 +289,7 @@ def prune(
     vision: VisionOptions | None = None,
     plan_file: Path | None = None,
     refit: RefitOptions | None = None,
+    check: bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
@@ -303,6 +303,7 @@ def prune(
         choice: choose the layers by running the model on samples; None: by the ranking in `importance`.
         plan_file: a prune_plan.yaml to follow, instead of all the options before it.
         refit: fit the layers that stay to the dense model on these samples; None: their weights stay as they are.
+        check: run the source without what goes and, before refit, the output on a few tokens; see `check_values`.
     """
     checkpoint = open_checkpoint(source)
     reader = checkpoint.reader
@@ -342,12 +343,14 @@ def prune(
                 measured = scores.vision if scores else {}
                 towers, facts = plan_towers(checkpoint, vision, measured, read_towers, seed)
                 plan = replace(plan, vision=towers, how=plan.how | facts)
-        return plan, prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
+        pruned = prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
+        return plan, fit_packed_layers(checkpoint, plan, pruned)
 
     def refitted(plan: PrunePlan, pruned: LazyTensors, options: RefitOptions) -> tuple[PrunePlan, LazyTensors]:
         if plan.checkpoint_sha256 != "":
             _check_source(plan_file or importance, plan.checkpoint_sha256, reader)
-        weights, report = refit_layers(checkpoint, plan, options)
+        with out_of_memory(options.device, _FOR_LESS_MEMORY), failures_of_transformers(checkpoint.root):
+            weights, report = refit_layers(checkpoint, plan, options)
         how = {"refit": True, "refit_last_weight": options.last_weight, "refit_report": report}
         return replace(plan, how=plan.how | how), pruned | weights
 
@@ -363,25 +366,44 @@ def prune(
         reader.start_reading()
         plan, pruned = decide()
         check_space(staging.parent, total_bytes(pruned))
+        written = pruned
         if refit is not None:
-            plan, pruned = refitted(plan, pruned, refit)
-        with _byte_progress("writing", pruned) as on_bytes:
-            hashes = checkpoint.write_pruned(checkpoint, staging, pruned, plan, on_bytes)
+            plan, written = refitted(plan, pruned, refit)
+        with _byte_progress("writing", written) as on_bytes:
+            hashes = checkpoint.write_pruned(checkpoint, staging, written, plan, on_bytes)
         plan = identified(plan)
         write_yaml(staging / PLAN, plan.to_record(), "What evla prune removed; see docs/files.md.")
-        write_manifest(staging, {}, hashes)  # where it comes from is what the plan says
+        write_manifest(staging, {"checked": check}, hashes)  # where it comes from is what the plan says
+        if check:
+            before_refit = {name: lazy for name, lazy in pruned.items() if lazy is not written[name]}
+            check_values(checkpoint, _reopened(staging, checkpoint, before_refit), plan)
         reader.check_unchanged()
         if on_complete:
             on_complete(staging)
     return _result(plan, reader.tensors, pruned)
 
 
+def _reopened(written: Path, source: Checkpoint, instead: LazyTensors) -> Checkpoint:
+    """What was written, as anybody would open it, but with these weights (under the source's names)."""
+    checkpoint = open_checkpoint(written)
+    prefixes = {source.layer_prefix: source.family.decoder_layers}
+    prefixes |= {
+        native: ours
+        for tower, names in source.tower_prefixes.items()
+        for native, ours in zip(names, source.family.tower_prefixes[tower], strict=True)
+    }
+    weights = dict(checkpoint.weights)
+    for name, lazy in instead.items():
+        native = next(prefix for prefix in prefixes if name.startswith(f"{prefix}."))
+        weights[prefixes[native] + name.removeprefix(native)] = lazy
+    return replace(checkpoint, weights=weights)
+
+
 def foreseen_plan(source: Checkpoint, options: PruneRecipe, ranked: bool) -> PrunePlan:
     """A plan of the size that the options will lead to, for what can be checked before layers are `ranked`."""
     ranking = list(range(source.num_layers)) if ranked else None
-    drop = options.drop_layers or None  # the recipe's default
     num_first = _num_protected(source, options.protect_first)
-    keep = _layers_to_keep(source, ranking, drop, None, options.drop_layer_ids, num_first)
+    keep = _layers_to_keep(source, ranking, options.drop_layers, None, options.drop_layer_ids, num_first)
     width = _width_to_keep(source, options.mlp_prune_ratio)
     mlp_keep = None
     if width < source.intermediate_size:
@@ -562,7 +584,7 @@ def _chosen_by_samples(
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """As many layers as `like` has, and what the plan says about them."""
     num_drop = checkpoint.num_layers - len(like)
-    with _out_of_memory(options.device):
+    with out_of_memory(options.device, _FOR_LESS_MEMORY), failures_of_transformers(checkpoint.root):
         dropped, report = choose_by_samples(checkpoint, options, num_drop, set(drop_ids), range(protect_first))
     facts = {"layer_method": options.method, "objective": options.objective, "layer_choice": report}
     stable = report["rounds"][-1].pop("stability") if report["rounds"] else None
@@ -609,11 +631,11 @@ def _width_to_keep(checkpoint: Checkpoint, mlp_prune_ratio: float) -> int:
 
 
 def _mlp_names(checkpoint: Checkpoint) -> list[str]:
-    names = [f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
-    absent = [name for name in names if f"{checkpoint.layer_prefix}.0.{name}" not in checkpoint.reader.tensors]
-    if absent:
-        raise EvlaError(f"The decoder has no {absent[0]}; only gated MLPs can be narrowed. Use --mlp-prune-ratio 0.")
-    return names
+    if checkpoint.mlp_obstacle is not None:
+        raise EvlaError(
+            f"{checkpoint.root}: {checkpoint.mlp_obstacle}; only gated MLPs can be narrowed. Use --mlp-prune-ratio 0."
+        )
+    return [f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
 
 
 def export(
@@ -624,32 +646,40 @@ def export(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    act: bool = True,
     on_complete: OnComplete | None = None,
 ) -> dict[str, Any]:
-    """Write a self-contained bundle from a checkpoint that acts; then read it again, for all that `verify` does."""
+    """Write a self-contained bundle from a checkpoint that acts; then read it again, for all that `verify` does.
+
+    Args:
+        act: let the bundle act once and write down what it did, as `check.json`.
+    """
     checkpoint = open_checkpoint(source)
     shard_bytes = parse_size(max_shard_size)
     with new_directory(dest, overwrite, checkpoint.root) as staging:
         checkpoint.reader.start_reading()
         check_export(checkpoint, settings)
-        weights = cast(checkpoint.weights, dtype)
+        weights = cast(checkpoint.weights, dtype, checkpoint.family)
         check_space(staging.parent, total_bytes(weights))
         with _byte_progress("exporting", weights) as on_bytes:
             hashes = write_huggingface_weights(staging, weights, shard_bytes, on_bytes)
         write_bundle_files(checkpoint, staging, settings, dtype, shard_bytes, hashes)
-        facts = verify_bundle(staging)
+        facts = finish_bundle(staging, act)
         checkpoint.reader.check_unchanged()
         if on_complete:
             on_complete(staging)
     return facts
 
 
-def cast(weights: LazyTensors, dtype: str | None) -> LazyTensors:
-    return weights if dtype is None else {name: lazy.to(DTYPES[dtype]) for name, lazy in weights.items()}
+def cast(weights: LazyTensors, dtype: str | None, family: ModelFamily) -> LazyTensors:
+    """The weights in `dtype` (None: as stored); those of parts that do not follow it stay as they are."""
+    if dtype is None:
+        return weights
+    return {name: lazy.to(DTYPES[dtype]) if family.follows_dtype(name) else lazy for name, lazy in weights.items()}
 
 
 def predict(
-    bundle: Path,
+    source: Path,
     image: Path,
     instruction: str,
     *,
@@ -658,12 +688,16 @@ def predict(
     device: str = "cpu",
     dtype: str | None = None,
 ) -> np.ndarray:
-    """One action chunk for an image file: (H, A), in the robot's units."""
-    from evla_cli.runtime.policy import load_policy
-
+    """One action chunk for an image file: (H, A), in the robot's units. `source`: as of `bench`, one candidate."""
+    check_device(device)
     picture = load_image(image, str(image))
-    policy = load_policy(bundle, device=device, dtype=DTYPES[dtype] if dtype else None)
-    return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
+    candidates = open_candidates([source])
+    if len(candidates) > 1:
+        raise EvlaError(f"{source} lists {len(candidates)} candidates; name the one that is to predict.")
+    checkpoint, settings = candidates[0].checkpoint, candidates[0].settings
+    with out_of_memory(device, "use --dtype bfloat16, a smaller model, or --device cpu"):
+        policy = policy_from_weights(checkpoint, settings, device=device, dtype=DTYPES[dtype] if dtype else None)
+        return policy.predict_action(picture, instruction, unnorm_key=unnorm_key, seed=seed)
 
 
 def settings_with(path: Path | None, **sections: dict[str, Any]) -> InferenceSettings:

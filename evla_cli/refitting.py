@@ -116,7 +116,7 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
             del fit
             give_back_freed_memory()
             bar.update()
-    final = walk.final_errors(stream.load_part(f"{checkpoint.family.decoder}.norm"))
+    final = walk.final_errors(stream.load_last_parts())
     before, after = list(final.values())[-1]
     helps = after < before
     report = settings | {"helps": helps, "final_rms": final, "layers": layers}

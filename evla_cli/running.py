@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from evla_cli.errors import EvlaError
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_pruning import prune_weights
+from evla_cli.models.skeleton import check_device
 from evla_cli.pipeline import OnComplete
 from evla_cli.plan import has_activations
 from evla_cli.refitting import RefitOptions
@@ -72,9 +73,31 @@ class RunState:
         return from_mapping(cls, read_json(path), str(path)) if path.is_file() else cls(SCHEMA_VERSION)
 
 
-def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, bool]]:
-    """Follow the recipe. Returns stage, output, and whether it was done (False: unchanged, skipped)."""
-    recipe = Recipe.load(path)
+@dataclass(frozen=True)
+class Resources:
+    """What the stages that run the model run it with. Nothing that was done is done again because of them.
+
+    Attributes:
+        memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
+    """
+
+    device: str = "cpu"
+    memory_budget: str | None = None
+
+
+def run_recipe(
+    path: Path, overwrite: bool = False, *, dtype: str | None = None, resources: Resources | None = None
+) -> list[tuple[str, Path, bool]]:
+    """Follow the recipe. Returns stage, output, and whether it was done (False: unchanged, skipped).
+
+    Args:
+        dtype: what analyze computes in, instead of the recipe's.
+    """
+    resources = resources or Resources()
+    check_device(resources.device)
+    if resources.memory_budget is not None:
+        parse_size(resources.memory_budget)
+    recipe = _computed_in(dtype, Recipe.load(path))
     output = path.parent / recipe.output
     check_apart(output, path.parent / recipe.source)
     source = open_checkpoint(path.parent / recipe.source)
@@ -82,7 +105,15 @@ def run_recipe(path: Path, overwrite: bool = False) -> list[tuple[str, Path, boo
     with made_directory(output), locked(output / ".run.lock", output):
         stages = _Stages(output, source)
         stages.check(num_bytes, overwrite)
-        return _run_stages(recipe, path, source, stages)
+        return _run_stages(recipe, path, source, stages, resources)
+
+
+def _computed_in(dtype: str | None, recipe: Recipe) -> Recipe:
+    if dtype is None:
+        return recipe
+    if recipe.analyze is None:
+        raise EvlaError("--dtype is what analyze computes in, and the recipe has no analyze section; leave it out.")
+    return replace(recipe, analyze=replace(recipe.analyze, dtype=dtype))
 
 
 def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
@@ -98,11 +129,13 @@ def _check(recipe: Recipe, source: Checkpoint) -> dict[str, int]:
     if recipe.export is not None:
         parse_size(recipe.export.max_shard_size)
         check_export(source, recipe.export.settings, num_layers)
-        num_bytes["export"] = total_bytes(pipeline.cast(weights, recipe.export.dtype))
+        num_bytes["export"] = total_bytes(pipeline.cast(weights, recipe.export.dtype, source.family))
     return num_bytes
 
 
-def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages") -> list[tuple[str, Path, bool]]:
+def _run_stages(
+    recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages", resources: Resources
+) -> list[tuple[str, Path, bool]]:
     root = path.parent / recipe.source
     small_files = source.small_files_sha256()
 
@@ -128,7 +161,9 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 dest,
                 num_samples=analyze.num_samples,
                 batch_size=analyze.batch_size,
+                device=resources.device,
                 dtype=analyze.dtype,
+                memory_budget=resources.memory_budget,
                 weights=analyze.position_weights,
                 with_activations=with_activations,
                 overwrite=True,
@@ -144,13 +179,26 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
         if prune.refit and recipe.analyze is not None:
             analyze = recipe.analyze
             refit = RefitOptions(
-                path.parent / analyze.samples, analyze.num_samples, analyze.batch_size, prune.refit_last_weight
+                path.parent / analyze.samples,
+                analyze.num_samples,
+                analyze.batch_size,
+                prune.refit_last_weight,
+                resources.device,
+                resources.memory_budget,
             )
         choice = None
         if (prune.layer_method, prune.objective) != ("cosine", "hidden") and recipe.analyze is not None:
             analyze = recipe.analyze
             data = path.parent / analyze.samples
-            choice = ChoiceOptions(prune.layer_method, prune.objective, data, analyze.num_samples, analyze.batch_size)
+            choice = ChoiceOptions(
+                prune.layer_method,
+                prune.objective,
+                data,
+                analyze.num_samples,
+                analyze.batch_size,
+                resources.device,
+                resources.memory_budget,
+            )
         exported = stages.outputs["prune"]
         stages.run(
             "prune",
@@ -159,7 +207,7 @@ def _run_stages(recipe: Recipe, path: Path, source: Checkpoint, stages: "_Stages
                 root,
                 dest,
                 importance=importance,
-                num_drop=prune.drop_layers or None,  # the recipe's default
+                num_drop=prune.drop_layers,
                 drop_ids=prune.drop_layer_ids,
                 choice=choice,
                 protect_first=prune.protect_first,

@@ -200,13 +200,14 @@ class AnalyzeRecipe:
     position_weights: dict[str, float] = field(default_factory=dict)  # kind of position -> how often it counts
 
     def __post_init__(self) -> None:
+        _not_empty("samples", self.samples)
         _at_least("batch_size", self.batch_size, 1)
         _one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    drop_layers: int = 0
+    drop_layers: int | None = None  # None: those in `drop_layer_ids`
     drop_layer_ids: tuple[int, ...] = ()
     layer_method: str = "cosine"  # all but the default on the samples of `analyze`, and so `objective`
     objective: str = "hidden"
@@ -221,7 +222,8 @@ class PruneRecipe:
     refit_last_weight: float | None = None  # how often a sample's last position counts; None: see RefitOptions
 
     def __post_init__(self) -> None:
-        _at_least("drop_layers", self.drop_layers, 0)
+        if self.drop_layers is not None:
+            _at_least("drop_layers", self.drop_layers, 0)
         _at_least("seed", self.seed, 0)
         _one_of("layer_method", self.layer_method, LAYER_METHODS)
         _one_of("objective", self.objective, OBJECTIVES)
@@ -270,6 +272,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)
+        _not_empty("source", self.source)
+        _not_empty("output", self.output)
         if self.analyze is self.prune is self.export is None:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
         if self.analyze is None and self.prune is not None:
@@ -286,7 +290,11 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> "Recipe":
-        return from_mapping(cls, _read_versioned(path), str(path))
+        record = _read_versioned(path)
+        for stage in ("analyze", "prune", "export"):
+            if stage in record and record[stage] is None:
+                raise EvlaError(f"{path}: {stage} is empty; leave it out, or write {{}} for the stage's defaults.")
+        return from_mapping(cls, record, str(path))
 
 
 def _read_versioned(path: Path) -> dict[str, Any]:
@@ -311,6 +319,11 @@ def _refuse_idle(record: Any, methods: dict[str, tuple[str, ...]]) -> None:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise EvlaError(f"{name} must be at least {least}, got {value}.")
+
+
+def _not_empty(name: str, value: str) -> None:
+    if not value.strip():
+        raise EvlaError(f"{name} is empty; give a path.")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

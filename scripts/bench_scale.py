@@ -8,9 +8,10 @@ Every job is a process of its own. Its anonymous memory (RssAnon: what only this
 disk is the system's count. "Cold" means that the source's pages were dropped from the page cache before, "warm" that it
 was read through once. The baselines: `cp` for what writes a checkpoint, one forward pass of the wholly loaded model
 over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted). "prune"
-follows a plan; "decide+prune" chooses layers and rows first, by importance and by magnitude. "refit", which only runs
-where `--jobs` names it (most of an hour), is "decide+prune" with `--refit` on the same samples, in float32, against the
-forward pass; "refit+towers" prunes and refits the vision towers, too, to the recommended sizes.
+follows a plan, "prune-unchecked" does so with --no-check; "decide+prune" chooses layers and rows first, by importance
+and by magnitude. "refit", which only runs where `--jobs` names it (most of an hour), is "decide+prune" with `--refit` on
+the same samples, in float32, against the forward pass; "refit+towers" prunes and refits the vision towers, too, to the
+recommended sizes.
 """
 
 import argparse
@@ -28,7 +29,7 @@ HERE = Path(__file__).resolve()
 EVLA = [sys.executable, "-m", "evla_cli"]
 GIB = 2**30
 MORE_JOBS = ("refit", "refit+towers")  # only where they are named
-JOBS = ("help", "cp", "decide+prune", "prune", "export", "verify", "act", "bare", "analyze")
+JOBS = ("help", "cp", "decide+prune", "prune-unchecked", "prune", "export", "verify", "act", "bare", "analyze")
 
 
 @dataclass
@@ -160,7 +161,9 @@ def main() -> None:
     plan = work / "plan.yaml"
     if (pruned / "prune_plan.yaml").is_file():
         shutil.copyfile(pruned / "prune_plan.yaml", plan)
-    run("prune", [*EVLA, "prune", str(source), str(pruned), "--plan", str(plan)], source, compare="cp", keep=pruned)
+    follow = [*EVLA, "prune", str(source), str(pruned), "--plan", str(plan)]
+    run("prune-unchecked", [*follow, "--no-check"], source, compare="cp", keep=pruned)
+    run("prune", follow, source, compare="cp", keep=pruned)
     export = [*EVLA, "export", str(pruned), str(bundle), "--num-visual-tokens", str(arguments.num_keep)]
     refit = [*decide, "--refit", *samples, *same[:4], "--memory-budget", "256MB"]
     run("refit", [*EVLA, "prune", str(source), str(pruned), *refit], source, compare="bare", keep=pruned)

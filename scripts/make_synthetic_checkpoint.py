@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    size = arguments.size or ("base" if arguments.family == "cogact" else "1b")
+    default = "base" if arguments.family == "cogact" else "1b"
+    size = default if arguments.size is None else arguments.size
     llama = LLAMAS.get(size) or tuple(int(part) for part in size.split("x") if part.isdecimal())
     if size not in COGACT_HEADS if arguments.family == "cogact" else len(llama) != 5:
         parser.error(f"--size {size} is none of {sizes_help}.")

@@ -1,6 +1,7 @@
 """Small checkpoints on disk, made as the real ones are: random weights in which nothing is zero, one or symmetric."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ def write_cogact(run: Path, **text_config: Any) -> CogACTForActionPrediction:
     _write_json(run / "dataset_statistics.json", STATS)
     write_tokenizer(run)
     return model
+
+
+def cast_run(run: Path, dest: Path, dtype: torch.dtype) -> Path:
+    """A copy of a native CogACT run with all its weights in `dtype`."""
+    shutil.copytree(run, dest)
+    (file,) = (dest / "checkpoints").glob("*.pt")
+    parts = torch.load(file, weights_only=True)["model"]
+    torch.save({"model": {name: {k: t.to(dtype) for k, t in part.items()} for name, part in parts.items()}}, file)
+    return dest
 
 
 def write_decoder(directory: Path, model_type: str) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"running"},
     {"pipeline"},
-    {"bundling", "choosing", "comparison", "evaluation", "refitting"},
+    {"bundling", "checking", "choosing", "comparison", "evaluation", "refitting"},
     {"runtime", "vision"},
     {"models", "methods"},
     {"families"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"checkpoint"},
     {"ranks"},
     {"schema", "progress"},
-    {"errors"},
+    {"errors", "versions"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # A family is data about a model; the functions among its fields build that model when they are called.

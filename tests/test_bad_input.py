@@ -553,7 +553,7 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
         settings(V1 + "visual_tokens: {method: vla_cache, num_task: 17}"),
     ),
     # Predicting
-    "no bundle": ("predict run --image samples/0.png --instruction open", "is not a bundle (no manifest.json)"),
+    "decoder that cannot act": ("predict llama --image samples/0.png --instruction open", "llama has no action head"),
     "no image": ("predict bundle --image nothing.png --instruction open", "nothing.png does not exist"),
     "directory for an image": ("predict bundle --image samples --instruction open", "samples is not a file"),
     "image that is none": (

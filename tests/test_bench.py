@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -297,7 +298,7 @@ def test_sizes_and_operations_of_the_report(report, half_bundle, cogact_run):
         loaded = load_policy(path) if row["kind"] == "own" else policy_from_checkpoint(path)
         prompt = len(loaded.processor.prompt("pick up the red block and put it on the plate")[0])
         assert row["parameters"] == sum(p.numel() for p in loaded.model.parameters())
-        assert row["dtype"] == "float32"
+        assert (row["dtype"], row["head_dtype"]) == ("float32", "float32")
         assert row["prompt_tokens"] == prompt
         executed = "stock" if row["kind"] == "stock" else "full"
         chosen = open_candidates([path], 5)[0].settings
@@ -313,7 +314,7 @@ def test_sizes_and_operations_of_the_report(report, half_bundle, cogact_run):
 def test_the_report_says_where_and_how(report):
     environment, protocol = report["environment"], report["protocol"]
     assert (environment["device"], environment["threads"]) == ("cpu", 1)
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == version("torch")
     assert set(environment["versions"]) == {"evla", "python", "numpy", "torch", "transformers", "cuda"}
     said = (protocol["batch_size"], protocol["runs"], protocol["warmup"], protocol["seed"], protocol["loaded"])
     assert said == (2, 4, 1, 3, "together")
@@ -321,11 +322,11 @@ def test_the_report_says_where_and_how(report):
 
 def test_models_that_do_not_fit_together_are_loaded_in_turn(cogact_run, bundle, image_samples):
     options = ("--baseline", "none", "--runs", 4, "--warmup", 0, "--memory-budget", "1KB", "--samples", image_samples)
-    text = evla("bench", bundle, cogact_run, *options)
+    text = evla("bench", bundle, cogact_run, *options, "--dtype", "bfloat16")
     assert "do not fit into memory together: each loaded 3 times" in text
     assert "bundle: selecting tokens takes" in text
     assert "stock" not in text
-    assert "float32" in text
+    assert "bfloat16, head float32" in text
 
 
 def test_threads_are_left_as_they_were(cogact_run):
@@ -353,7 +354,10 @@ def test_mapped_weights_are_counted_once_and_copies_each(cogact_run, bundle):
     rows = make_rows(open_candidates([cogact_run, bundle]), ("stock",))
     stored = [sum(t.num_bytes for t in row.candidate.checkpoint.weights.values()) for row in rows]
     assert weight_bytes(rows, "cpu", None) == weight_bytes(rows, "cpu", "float32") == stored[0] + stored[2]
-    assert weight_bytes(rows, "cpu", "bfloat16") == sum(stored) // 2
+    weights = rows[0].candidate.checkpoint.weights  # the same in all three; the head stays mapped, as it is stored
+    head = sum(lazy.num_bytes for name, lazy in weights.items() if name.startswith("action_head."))
+    assert weight_bytes(rows, "cpu", "bfloat16") == sum(size - head for size in stored) // 2 + 2 * head
+    assert weight_bytes(rows, "cuda", "bfloat16") == sum(size - head for size in stored) // 2 + 3 * head
     assert weight_bytes(rows, "cuda", None) == sum(stored)
 
 

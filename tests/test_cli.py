@@ -93,8 +93,9 @@ def test_errors_of_a_process(tmp_path, quick_python):
 def test_inspect_cogact(cogact_run):
     facts = evla_json("inspect", cogact_run)
     assert (facts["family"], facts["layout"]) == ("cogact", "native")
-    assert facts["decoder"] == {"layers": 6, "hidden_size": 64, "intermediate_size": 128}
-    assert facts["commands"] == ["analyze", "prune", "export", "bench", "compare"]
+    decoder = {"layers": 6, "hidden_size": 64, "intermediate_size": 128, "mlp_can_be_narrowed": True}
+    assert facts["decoder"] == decoder
+    assert facts["commands"] == ["analyze", "prune", "export", "predict", "bench", "compare", "eval"]
     assert facts["visual_tokens"] == 16
     assert sum(part["parameters"] for part in facts["parts"].values()) >= facts["parameters"]
     assert facts["bytes_on_disk"] == (cogact_run / "checkpoints/pico.pt").stat().st_size
@@ -113,7 +114,8 @@ def test_inspect_decoder(decoders):
 def test_inspect_bundle(bundle):
     facts = evla_json("inspect", bundle)
     assert (facts["layout"], facts["datasets"]) == ("bundle", ["kitchen"])
-    assert facts["commands"] == ["analyze", "prune", "export", "verify", "predict", "bench", "compare"]
+    acting = ["predict", "bench", "compare", "eval", "report"]
+    assert facts["commands"] == ["analyze", "prune", "export", "verify", *acting]
 
 
 # analyze
@@ -291,9 +293,9 @@ def test_overwrite_replaces_what_evla_wrote(cogact_run, tmp_path):
 def test_bundle_has_the_documented_files(bundle):
     files = {path.name for path in bundle.iterdir()}
     required = {"config.json", "inference.yaml", "tokenizer.json", "dataset_statistics.json", "README.md"}
-    assert files == required | {"manifest.json", "model.safetensors"}
+    assert files == required | {"manifest.json", "model.safetensors", "check.json"}
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert set(manifest["files"]) == files - {"manifest.json"}
+    assert set(manifest["files"]) == files - {"manifest.json", "check.json"}
 
 
 def test_export_twice_gives_the_same_bytes(bundle, cogact_run, tmp_path):

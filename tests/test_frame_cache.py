@@ -259,7 +259,7 @@ def test_an_interrupted_pass_leaves_no_frame_behind(policy):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    handle = policy.model.language_model.model.layers[3].register_forward_hook(interrupt)
+    handle = policy.model.language_model.model.layers[3].mlp.register_forward_hook(interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             think(cached, [second], ["open drawer"])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pico
@@ -26,6 +27,24 @@ def part_of(state, prefix):
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def in_its_names(tower, state):
+    """Weights of a tower under the names that this version of transformers has for them."""
+    if hasattr(tower, "vision_model"):  # SigLIP before 5.6
+        return {f"vision_model.{name}": tensor for name, tensor in state.items()}
+    if not any("attention.attention.query" in name for name in tower.state_dict()):
+        return state
+    old = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
+    return {  # DINOv2 before 5.18
+        re.sub(r"(?<=\.attention\.)[qkvo]_proj", lambda match: old[match[0]], name): tensor
+        for name, tensor in state.items()
+    }
+
+
 def reference_cognition(model, input_ids, dino_pixels, siglip_pixels):
     """Whole towers with eager attention, all hidden states; then the whole Llama with eager attention."""
     # A copy: the kind of attention is written into the config, which the model shares.
@@ -35,7 +54,7 @@ def reference_cognition(model, input_ids, dino_pixels, siglip_pixels):
         (Dinov2WithRegistersModel(config.dino_config), "dino.", dino_pixels),
         (SiglipVisionModel(config.siglip_config), "siglip.", siglip_pixels),
     ):
-        owner.load_state_dict(part_of(state, prefix), strict=True)
+        owner.load_state_dict(in_its_names(owner, part_of(state, prefix)), strict=True)
         owner.set_attn_implementation("eager")
         outputs = owner.eval().to(pixels.dtype)(pixels, output_hidden_states=True)
         towers.append(outputs.hidden_states[-2])  # after the second-to-last block; the last entry is the last block's

@@ -8,11 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 import evla_cli
 from evla_cli import pipeline
+from evla_cli.bundling import verify_bundle
 from evla_cli.comparison import compare_checkpoints
 from evla_cli.plan import LayerImportance
 from evla_cli.running import run_recipe
@@ -64,7 +66,14 @@ def files(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["pruned", "bundle"])
 def test_same_bytes(outputs, name):
     first, second = (files(out / name) for out in outputs)
+    checks = [json.loads(made.pop("check.json")) for made in (first, second) if "check.json" in made]
     assert first == second
+    if name == "bundle":
+        assert [check["surroundings"].pop("threads") for check in checks] == [1, 2]
+        actions = [np.array(check.pop("denoised_action")) for check in checks]
+        assert checks[0] == checks[1]
+        assert np.abs(actions[0] - actions[1]).max() < 0.1  # float16
+        assert all(verify_bundle(out / name)["act"]["compared"] for out in outputs)
     assert compare_checkpoints(outputs[0] / name, outputs[1] / name).differences == ()
 
 

@@ -19,7 +19,7 @@ from evla_cli.checkpoint.files import sha256_file
 from evla_cli.checkpoint.read_ahead import ReadAheadHash
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
-from evla_cli.running import run_recipe
+from evla_cli.running import Resources, run_recipe
 
 
 class Project:
@@ -102,6 +102,11 @@ def test_changed_checkpoint_runs_everything(done):
     shutil.rmtree(run)
     shutil.copytree(done.out / "pruned", run)
     assert done.run() == ["analyze", "prune", "export"]
+
+
+def test_what_the_bundle_did_on_some_machine_is_no_reason(done):
+    (done.out / "bundle/check.json").unlink()
+    assert done.run() == []
 
 
 @pytest.mark.parametrize("damage", ["bundle/README.md", "bundle/model.safetensors"])
@@ -277,8 +282,61 @@ class TestChecksBeforeTheFirstStage:
         assert asked == pytest.approx(pruned + exported, rel=0.05)
 
 
+def test_another_dtype_analyzes_again_and_stands_above_the_recipe(done):
+    done.recipe["analyze"]["dtype"] = "float32"  # the default, as before
+    assert done.run(dtype="float32") == []
+    assert "analyze" in done.run(dtype="bfloat16")
+    assert json.loads((done.out / "importance.json").read_text())["dtype"] == "bfloat16"
+    recipe = json.loads((done.out / "bundle/manifest.json").read_text())["recipe"]
+    assert recipe["analyze"]["dtype"] == "bfloat16"
+    assert recipe["export"]["dtype"] is None  # of weights: another question
+    assert done.run(dtype="bfloat16") == []
+    assert "analyze" in done.run()  # the recipe's own again
+
+
+def test_device_and_memory_budget_reach_every_stage_and_leave_what_is_done(project, monkeypatch):
+    given: dict[str, Any] = {}
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            parts = [options, *(vars(options[key]) for key in ("choice", "refit") if key in options)]
+            given[name] = [(part["device"], part["memory_budget"]) for part in parts if "device" in part]
+            return function(*arguments, **options)
+
+        return call
+
+    project.recipe["prune"] |= {"refit": True, "layer_method": "iterative"}
+    with monkeypatch.context() as watched:
+        for name in ("analyze_to_file", "prune"):
+            watched.setattr(pipeline, name, noted(name, getattr(pipeline, name)))
+        assert project.run(resources=Resources("cpu:0", "1KB")) == ["analyze", "prune", "export"]
+    assert given == {"analyze_to_file": [("cpu:0", "1KB")], "prune": [("cpu:0", "1KB")] * 2}
+    assert project.run() == []
+    assert project.run(resources=Resources(memory_budget="2GB")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "gpu"], "Unknown device 'gpu'"),
+        (["--memory-budget", "much"], "is not a size"),
+        (["--dtype", "float8"], "'float8' is not one of"),
+        (["--dtype", "bfloat16"], "the recipe has no analyze section"),
+    ],
+)
+def test_run_refuses_before_the_first_stage(project, options, message):
+    if message.startswith("the recipe"):
+        del project.recipe["analyze"], project.recipe["prune"]
+    project.path.write_text(yaml.safe_dump(project.recipe))
+    result = CliRunner().invoke(cli, ["run", str(project.path), *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not project.out.exists()
+
+
 def test_command_says_what_it_did(done):
     result = CliRunner().invoke(cli, ["run", str(done.path)])
     assert result.output.count("unchanged, skipped") == 3
-    result = CliRunner().invoke(cli, ["run", str(done.path), "--json"])
+    result = CliRunner().invoke(cli, ["run", str(done.path), "--json", "--device", "cpu", "--dtype", "float32"])
     assert [stage["done"] for stage in json.loads(result.output)["stages"]] == [False] * 3

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,10 @@ def with_simpler(tmp_path, monkeypatch) -> Path:
     for task in TASKS.values():
         for arguments in task.each:
             (overlays / (task.shared | arguments)["rgb_overlay_path"]).touch()
+    ffmpeg = checkout / "bin" / "ffmpeg"
+    ffmpeg.parent.mkdir()
+    ffmpeg.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(ffmpeg.parent), prepend=os.pathsep)
     monkeypatch.syspath_prepend(checkout)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -212,6 +218,12 @@ def test_its_evaluator_runs_our_policy(with_simpler, robot_run):
     options = ("--suite", "simpler", "-o", log, "--tasks", ",".join(tasks), "--episodes", 2)
     record = evla_json("eval", robot_run, *options, "--video", with_simpler / "videos")
     assert [row["all"]["episodes"] for row in record["candidates"]] == [4]
+    assert record["facts"] == {
+        "conditions": "visual matching, as in CogACT's scripts",
+        "sapien": "3.0.0",
+        "numpy": np.__version__,
+        "renderer": "A GPU of that name",
+    }
     logged = [json.loads(line) for line in log.read_text().splitlines()[2:]]
     assert [(line["task"], line["episode"], line["steps"]) for line in logged] == [
         (task, number, 6) for task in tasks for number in range(2)
@@ -250,10 +262,43 @@ def test_conditions_are_those_of_the_scripts():
         assert len({json.dumps(arguments, sort_keys=True) for arguments in task.each}) == len(task.each)
 
 
-def test_without_simpler_one_line_says_so(robot_run, tmp_path):
-    error = evla_error("eval", robot_run, "--suite", "simpler", "-o", tmp_path / "log.jsonl")
-    assert "needs SIMPLER, which is not installed" in error
+def refusal(run: Path, folder: Path) -> str:
+    """Of the whole suite: one line."""
+    error = evla_error("eval", run, "--suite", "simpler", "-o", folder / "log.jsonl")
     assert error.count("\n") == 1
+    return error
+
+
+def test_without_simpler_one_line_says_so(robot_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "simpler_env", None)  # as not installed, wherever the test runs
+    assert "needs SIMPLER, which is not installed" in refusal(robot_run, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mediapy", "matplotlib"])
+def test_what_its_evaluator_needs_at_an_episodes_end_is_asked_for_before(name, robot_run, with_simpler, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert f"needs {name}, too: pip install {name}" in refusal(robot_run, with_simpler)
+
+
+def test_without_ffmpeg(robot_run, with_simpler, monkeypatch):
+    monkeypatch.setenv("PATH", str(with_simpler))
+    assert "needs ffmpeg, with which SIMPLER's evaluator writes a video" in refusal(robot_run, with_simpler)
+
+
+def test_sapien_2_under_numpy_2(robot_run, with_simpler):
+    for name, version in (("sapien", "2.2.2"), ("numpy", "2.4.6")):
+        shutil.rmtree(with_simpler / "SimplerEnv" / "sapien-3.0.0.dist-info", ignore_errors=True)
+        metadata = with_simpler / "SimplerEnv" / f"{name}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    assert "SAPIEN 2.2.2 simulates without collisions under numpy 2.4.6" in refusal(robot_run, with_simpler)
+
+
+def test_without_a_vulkan_driver(robot_run, with_simpler, monkeypatch):
+    monkeypatch.setenv("VK_ICD_FILENAMES", "nowhere")
+    error = refusal(robot_run, with_simpler)
+    assert "SAPIEN cannot render here (Vulkan is incompatible with your driver. You may not use the" in error
+    assert "it needs a Vulkan driver" in error
 
 
 def test_a_checkout_without_its_pictures(with_simpler, robot_run):

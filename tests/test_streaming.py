@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pico
 import pytest
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class TestDecoderStream:
             return DecoderStream(checkpoint, load_samples(data, "image"), 2, dtype)
 
     def test_half_weights_stay_half(self, cogact_run, tmp_path, image_samples):
-        stream = self.stream(cast_run(cogact_run, tmp_path / "half", torch.bfloat16), image_samples, torch.float32)
+        stream = self.stream(pico.cast_run(cogact_run, tmp_path / "half", torch.bfloat16), image_samples, torch.float32)
         assert stream.batches[0].hidden_states.dtype == torch.float32
         for layer in stream.layers():
             linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -127,9 +128,9 @@ class TestDecoderStream:
         self, cogact_run, tmp_path, image_samples, native, monkeypatch
     ):
         monkeypatch.setattr(tiled_linear, "multiplies_natively", lambda dtype: native)
-        half = cast_run(cogact_run, tmp_path / "half", torch.bfloat16)
+        half = pico.cast_run(cogact_run, tmp_path / "half", torch.bfloat16)
         found = pipeline.analyze(half, image_samples)
-        expected = pipeline.analyze(cast_run(half, tmp_path / "wide", torch.float32), image_samples)
+        expected = pipeline.analyze(pico.cast_run(half, tmp_path / "wide", torch.float32), image_samples)
         for ours, theirs in zip(found.layers, expected.layers, strict=True):
             assert ours.importance == pytest.approx(theirs.importance, abs=1e-6)
 
@@ -213,7 +214,7 @@ class TestDecoderStream:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         monkeypatch.setattr(pipeline, "run_layer", too_large)
-        with pytest.raises(EvlaError, match="smaller --batch-size, or --memory-budget"):
+        with pytest.raises(EvlaError, match="smaller batch size, --memory-budget, beyond which"):
             pipeline.analyze(cogact_run, image_samples)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -341,6 +342,26 @@ class TestReadAhead:
         ahead._thread.join(20)  # everything has been read and nothing used
         held = [piece.load() for piece in pieces]
         assert _absent(path) == [not warm] * 4 + [False] * 4  # 32 tensors of 2 MiB are kept
+        assert torch.equal(torch.cat(held), values)
+
+    def test_what_is_used_again_is_dropped_when_it_is_said(self, tmp_path):
+        path = tmp_path / "f"
+        values = torch.arange(2**24)  # 128 MiB
+        path.write_bytes(tensor_bytes(values))
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not all(_absent(path)):
+                pytest.skip("this file system keeps what it is asked to drop")
+        work = MappedFile(path)
+        pieces = [work.tensor(str(n), torch.int64, (2**18,), n * 2**21, 2**27) for n in range(64)]
+        ahead = ReadAheadHash([path])
+        ahead.follow([work], drop_behind=False)
+        ahead.digests()
+        held = [piece.load() for piece in pieces]
+        assert not any(_absent(path))
+        ahead.drop()
+        assert all(_absent(path))
         assert torch.equal(torch.cat(held), values)
 
     def test_a_part_that_lies_elsewhere_is_no_progress(self, tmp_path):
@@ -533,14 +554,6 @@ def test_the_zip_archive_is_one_that_others_read(tmp_path):
     for mmap in (False, True):
         loaded = torch.load(tmp_path / "m.pt", weights_only=True, mmap=mmap)["é"]
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-
-
-def cast_run(run: Path, dest: Path, dtype: torch.dtype) -> Path:
-    shutil.copytree(run, dest)
-    (file,) = (dest / "checkpoints").glob("*.pt")
-    parts = torch.load(file, weights_only=True)["model"]
-    torch.save({"model": {name: {k: t.to(dtype) for k, t in part.items()} for name, part in parts.items()}}, file)
-    return dest
 
 
 def in_mapped_file(tensor: torch.Tensor) -> bool:

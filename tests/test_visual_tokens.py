@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evla_cli.errors import EvlaError
 from evla_cli.methods.visual_tokens import attention_received, random_scores, row_attention, select_tokens
@@ -144,10 +144,7 @@ def test_attention_received_equals_transformers_eager_attention(padded):
             for projection in (attention.q_proj, attention.k_proj)
         )
         queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
-        rows = torch.arange(first_row, 14)
-        shares = row_attention(
-            queries[:, :, first_row:], repeat_kv(keys, 2), rows, attention.scaling, mask if padded else None
-        )
+        shares = row_attention(queries[:, :, first_row:], keys, mask if padded else None)
         received = attention_received(shares, context)
     expected = torch.zeros(3, 14)
     for sample in range(3):

@@ -15,6 +15,8 @@ from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, 
 
 MANIFEST = "manifest.json"
 SETTINGS = "inference.yaml"
+# What the bundle did where it was made. It depends on that machine, so the manifest must not hold its hash.
+CHECK = "check.json"
 REQUIRED = ("config.json", SETTINGS, "tokenizer.json", "dataset_statistics.json", "README.md")
 
 
@@ -40,6 +42,7 @@ class _Manifest:
     source: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
+    checked: bool | None = None  # whether prune ran what it wrote against its source; None: of another command
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from evla_cli.errors import EvlaError
 
 _CHUNK = 2**22  # bytes
 _MAX_JSON_BYTES = 100_000_000  # the index of a trillion parameters has some ten million
+_MAX_LINE_BYTES = 100_000_000
 _MAX_YAML_BYTES = 4_000_000  # the plan of a 70 B model has half a million; PyYAML reads a million in some ten seconds
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     try:
-        value = parse_json(read_text(path, _MAX_JSON_BYTES))
+        value = parse_json(read_text(path, max_bytes))
     except ValueError as error:
         raise EvlaError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -124,8 +125,32 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
         raise EvlaError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 text file with their numbers, read as far as they are asked for."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            while data := file.readline(_MAX_LINE_BYTES + 1):
+                number += 1
+                if len(data) > _MAX_LINE_BYTES:
+                    raise EvlaError(
+                        f"{path}:{number} has more than {_MAX_LINE_BYTES:,} bytes; that is no line of text."
+                    )
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise EvlaError(f"{path} is not a UTF-8 text file (line {number}).") from error
+    except OSError as error:
+        raise EvlaError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def write_json(path: Path, value: dict[str, Any], allow_nan: bool = False) -> None:
+    """
+    Args:
+        allow_nan: write `Infinity`, which is no JSON, where the value holds it. Configs do that transformers writes
+            and reads (the `time_step_limit` of Mamba-2 and its kin); nothing of evla's own does.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def write_yaml(path: Path, value: dict[str, Any], comment: str = "") -> None:

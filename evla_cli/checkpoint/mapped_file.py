@@ -44,7 +44,7 @@ class MappedFile:
 
     def unmap(self, begin: int, size: int) -> None:
         """The mapping lets go of these pages, which are read from the file again if they are used again."""
-        if self._map is not None:
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, min(size, self.size - begin))
 
     def _view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:

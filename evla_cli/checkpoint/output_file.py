@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from evla_cli.checkpoint.system import sync_data
+
 _BUFFER_BYTES = 8 * 2**20
 _NUM_BUFFERS = 4
 _SYNC_BYTES = 256 * 2**20  # written between two requests to the system to put it on the disk
@@ -32,7 +34,7 @@ class OutputFile:
 
     def __init__(self, path: Path):
         self._descriptor = _create(path)
-        self._syncing = _Worker(lambda _: os.fdatasync(self._descriptor), done=lambda _: None)
+        self._syncing = _Worker(lambda _: sync_data(self._descriptor), done=lambda _: None)
         self._unsynced = 0
         self._digest = hashlib.sha256()
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from evla_cli.checkpoint.system import c_function
 from evla_cli.errors import EvlaError
 
 LOG = logging.getLogger(__name__)
@@ -245,7 +246,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Let two names change places in one step: renameat2(2). False where system or file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = c_function("renameat2")
     if renameat2 is None:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from evla_cli.checkpoint.system import c_function, drop_from_page_cache
 
 if TYPE_CHECKING:
     from evla_cli.checkpoint.mapped_file import MappedFile
@@ -28,6 +29,9 @@ class ColdRegions:
         region = position // _REGION_BYTES
         return region < len(self._cold) and self._cold[region]
 
+    def drop_all(self, file: MappedFile) -> None:
+        self.drop_before(len(self._cold) * _REGION_BYTES, file)
+
     def drop_before(self, end: int, file: MappedFile) -> None:
         """Those before byte `end` leave the page cache; they are read again if they are used again."""
         first, self._next = self._next, max(self._next, end // _REGION_BYTES)
@@ -38,12 +42,12 @@ class ColdRegions:
             for region in regions:
                 begin = region * _REGION_BYTES
                 file.unmap(begin, _REGION_BYTES)
-                os.posix_fadvise(descriptor.fileno(), begin, _REGION_BYTES, os.POSIX_FADV_DONTNEED)
+                drop_from_page_cache(descriptor.fileno(), begin, _REGION_BYTES)
 
 
 def _absent(path: Path) -> list[bool]:
     """By region, whether none of its pages is in the page cache; nowhere where the system does not tell."""
-    mincore = getattr(ctypes.CDLL(None), "mincore", None)
+    mincore = c_function("mincore")
     size = path.stat().st_size
     per_region = _REGION_BYTES // mmap.PAGESIZE
     begins = range(0, -(-size // mmap.PAGESIZE), per_region)

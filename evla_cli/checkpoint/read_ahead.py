@@ -9,7 +9,6 @@ clearing new ones.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from evla_cli.checkpoint.files import Stamp, file_stamp
 from evla_cli.checkpoint.page_cache import ColdRegions
+from evla_cli.checkpoint.system import expect_sequential_reads, physical_bytes
 from evla_cli.errors import EvlaError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _NUM_RECENT = 32  # tensors that the work may still need: those of the layer tha
 # computed, or at the start for libraries to be imported; near enough that what was read is still in the page cache when
 # the work comes to it.
 _AHEAD_BYTES = 9 * 2**28
-_START_BYTES = min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 6)
+_START_BYTES = min(4 * 2**30, (physical_bytes() or 6 * 2**30) // 6)
 
 
 class ReadAheadHash:
@@ -59,18 +59,38 @@ class ReadAheadHash:
         self._lock = threading.Lock()
         self._used: deque[int] = deque(maxlen=_NUM_RECENT)  # bytes, of all files together, at which the work was
         self._cold: dict[Path, ColdRegions] = {}
+        self._followed: list[MappedFile] = []
+        self._drop_behind = True
         self.read_bytes = 0
         self._hurry = threading.Event()
+        self._stopped = False
         self._digests = {path: digest for path, digest in (known or {}).items() if path in self._starts}
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="evla-read-ahead", daemon=True)
         self._thread.start()
 
-    def follow(self, files: Iterable[MappedFile]) -> None:
-        """The work is where these files are asked for tensors; what lies behind it is dropped from the page cache."""
-        for file in files:
-            if file.path in self._starts:
-                file.on_use = self._use
+    def follow(self, files: Iterable[MappedFile], drop_behind: bool = True) -> None:
+        """The work is where these files are asked for tensors; what lies behind it is dropped from the page cache.
+
+        Args:
+            drop_behind: False where the work will use it again: then `drop` it afterwards.
+        """
+        self._drop_behind = drop_behind
+        self._followed = [file for file in files if file.path in self._starts]
+        for file in self._followed:
+            file.on_use = self._use
+
+    def drop(self) -> None:
+        """Everything that was followed leaves the page cache, but what was in it before."""
+        for file in self._followed:
+            if file.path in self._cold:
+                self._cold[file.path].drop_all(file)
+
+    def stop(self) -> None:
+        """Read no further: nobody waits for the hashes."""
+        self._stopped = True
+        self._hurry.set()
+        self._thread.join()
 
     def digests(self) -> dict[Path, str]:
         """The hash of every file. Waits for the thread, which stops waiting for anybody. Errors: OSError."""
@@ -88,7 +108,7 @@ class ReadAheadHash:
             # The work's order is the files', more or less: a part that lies elsewhere must not look like progress.
             done = min(self._used)
             self._allowed = max(self._allowed, done + self._ahead_bytes)
-            if file.path in self._cold:
+            if self._drop_behind and file.path in self._cold:
                 self._cold[file.path].drop_before(min(done, self.read_bytes) - start, file)
 
     def _run(self) -> None:
@@ -103,9 +123,9 @@ class ReadAheadHash:
 
     def _hash(self, file: FileIO, cold: ColdRegions, digest: Any) -> str:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        expect_sequential_reads(file.fileno())
         position = 0
-        while count := os.preadv(file.fileno(), [buffer], position):
+        while not self._stopped and (count := file.readinto(buffer)):
             if digest is not None:
                 digest.update(buffer[:count])
             position += count
@@ -124,7 +144,8 @@ def start_early(source: Path) -> None:
     _early.clear()
     with suppress(OSError, EvlaError):  # whatever is wrong with it, opening it will tell
         files = [source] if source.is_file() else sorted((source / "checkpoints").glob("*.pt"))
-        files = files or sorted(source.glob("*.safetensors"))
+        files = files or sorted(source.glob("model-*-of-*.safetensors"))  # not those of an adapter, or another layout
+        files = files or list(source.glob("model.safetensors"))
         if files:
             _early.append(({path: file_stamp(path) for path in files}, ReadAheadHash(files)))
 

@@ -1,6 +1,8 @@
 """All tensors of a checkpoint behind one view, whatever files they stand in. Nothing is read before it is used."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,12 @@ from evla_cli.errors import EvlaError
 
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
+ADAPTER_CONFIG = "adapter_config.json"  # of peft, beside adapter_model.safetensors
+HOW_TO_MERGE = (
+    f"It holds an adapter ({ADAPTER_CONFIG}), which is no model by itself: merge it into its base model with peft's "
+    "merge_and_unload(), save that, and name it instead."
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,20 @@ class CheckpointReader:
         else:
             _ = self.read_ahead
 
-    def start_hashing(self) -> ReadAheadHash:
+    @contextmanager
+    def reading_again(self) -> Iterator[None]:
+        """As `start_reading`, inside the block, for files that were read before; known hashes are not made again."""
+        ahead = self._reading_ahead(self._known())
+        ahead.follow(self._mapped_files())
+        try:
+            yield
+        finally:
+            ahead.stop()
+
+    def start_hashing(self, drop_behind: bool = True) -> ReadAheadHash:
         """The same, in order, and the hash of every file as it is now, even if one is known."""
         ahead = self._reading_ahead({})
-        ahead.follow(self._mapped_files())
+        ahead.follow(self._mapped_files(), drop_behind)
         return ahead
 
     def _reading_ahead(self, known: dict[Path, str]) -> ReadAheadHash:
@@ -104,19 +122,44 @@ def open_torch_checkpoint(path: Path) -> CheckpointReader:
 
 
 def open_huggingface_checkpoint(directory: Path) -> CheckpointReader:
-    """A directory in Hugging Face's layout: one file, or shards with an index; safetensors is preferred to .bin."""
+    """A directory in Hugging Face's layout: one file, or shards with an index; safetensors is preferred to .bin.
+
+    Errors: one file and an index of others. Which of the two is the model, only who put them there can know;
+    transformers takes the one file.
+    """
     for single, index in zip(_SINGLE_FILES, _INDEX_FILES, strict=True):
         if (directory / index).is_file():
-            return _open_shards(directory, directory / index)
+            weight_map = _weight_map(directory / index)
+            if (directory / single).is_file() and set(map(str, weight_map.values())) != {single}:
+                raise EvlaError(
+                    f"{directory} holds two sets of weights, {single} and the shards of {index}; move away those that "
+                    "are not the model."
+                )
+            return _open_shards(directory, directory / index, weight_map)
         if (directory / single).is_file():
             return CheckpointReader(_stamps(directory / single), _read_file(directory / single))
-    raise EvlaError(f"{directory} holds no weights: none of {', '.join((*_SINGLE_FILES, *_INDEX_FILES))}.")
+    raise EvlaError(
+        f"{directory} holds no weights: none of {', '.join((*_SINGLE_FILES, *_INDEX_FILES))}.{_instead(directory)}"
+    )
 
 
-def _open_shards(directory: Path, index: Path) -> CheckpointReader:
+def _instead(directory: Path) -> str:
+    """What else stands there, for who took it for the weights."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        return f" {HOW_TO_MERGE}"
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in (*WEIGHT_SUFFIXES, ".incomplete"))
+    return f" {others[0]} is not read; save the model with transformers' save_pretrained." if others else ""
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    """Tensor -> shard, as it stands there."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise EvlaError(f"{index} has no weight_map.")
+    return weight_map
+
+
+def _open_shards(directory: Path, index: Path, weight_map: dict[str, Any]) -> CheckpointReader:
     shards = {name: inside(directory, name, str(index)) for name in sorted(map(str, weight_map.values()))}
     missing = [name for name, path in shards.items() if not path.is_file()]
     if missing:

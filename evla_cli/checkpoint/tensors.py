@@ -1,6 +1,5 @@
 """Named tensors that are read only when they are needed: the currency between readers, pruning and writers."""
 
-import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evla_cli.checkpoint.system import c_function
 from evla_cli.errors import EvlaError
 
 if TYPE_CHECKING:
@@ -24,12 +24,14 @@ class LazyTensor:
 
     Attributes:
         file: that holds exactly this tensor's bytes; None for one that is made of them.
+        finite: it is known to hold no NaN and no infinity.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
     file: "MappedFile | None" = None
+    finite: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -49,9 +51,9 @@ class LazyTensor:
         return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "LazyTensor":
+    def of(cls, tensor: Tensor, finite: bool = False) -> "LazyTensor":
         """One that is loaded already."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor, finite=finite)
 
 
 LazyTensors = dict[str, LazyTensor]
@@ -65,7 +67,7 @@ def load_finite(name: str, lazy: LazyTensor) -> Tensor:
         raise AssertionError(f"{name} loads as {tensor.dtype} {tuple(tensor.shape)}, announced as {lazy}")
     if tensor.numel() < _SMALL_ELEMENTS:
         tensor = tensor.clone()
-    if not is_finite(tensor):
+    if not lazy.finite and not is_finite(tensor):
         raise EvlaError(f"{name} holds NaN or infinite values: the checkpoint is damaged or its training diverged.")
     return tensor
 
@@ -121,7 +123,7 @@ def _freed_memory_kept() -> Iterator[None]:
     """Let the C library hand out again what one tensor was in for the next, instead of new pages, which the system
     clears first: that takes eight times as long as picking the rows that are put there. Afterwards all of it goes back.
     No effect but on glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = c_function("mallopt")
     if mallopt is None:
         yield
         return
@@ -139,7 +141,7 @@ def _freed_memory_kept() -> Iterator[None]:
 def give_back_freed_memory() -> None:
     """Let the system have what the C library keeps between pieces that are in use: 1.5 GB and more, after tensors of
     many sizes have come and gone. No effect but on glibc."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    malloc_trim = c_function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 

@@ -68,7 +68,7 @@ def command(
         open_candidates(candidates, denoise_steps),
         suite,
         output,
-        tasks=tasks.split(",") if tasks else None,
+        tasks=None if tasks is None else tasks.split(","),
         episodes=episodes,
         seed=seed,
         num_workers=workers,

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import click
 
-from evla_cli.cli.options import DTYPE_CHOICE, PATH, json_option, overwrite_option, quiet_option
+from evla_cli.cli.options import DTYPE_CHOICE, PATH, act_option, json_option, overwrite_option, quiet_option
 from evla_cli.errors import EvlaError
 
 EXAMPLE = """
@@ -24,8 +24,9 @@ Examples:
 @click.option("--cache-interval", type=int, help="Compute the action head every N steps; 1: always.  [default: 5]")
 @click.option("--num-denoise-steps", type=int, help="DDIM steps.  [default: 10]")
 @click.option("--cfg-scale", type=float, help="Classifier-free guidance; 1: none.  [default: 1.5]")
-@click.option("--dtype", type=DTYPE_CHOICE, help="Of the weights (default: as in SOURCE).")
+@click.option("--dtype", type=DTYPE_CHOICE, help="Of the weights but CogACT's action head's (default: as in SOURCE).")
 @click.option("--max-shard-size", default="5GB", show_default=True)
+@act_option("Do not act with the bundle: it gets no check.json.")
 @json_option
 @quiet_option
 @overwrite_option
@@ -42,12 +43,14 @@ def command(
     cfg_scale: float | None,
     dtype: str | None,
     max_shard_size: str,
+    act: bool,
     as_json: bool,
     overwrite: bool,
 ) -> None:
     """Write SOURCE as a self-contained BUNDLE: weights, tokenizer, statistics, inference.yaml and a manifest.
 
-    A robot process loads it with evla_cli.load_policy(BUNDLE) and needs nothing else.
+    A robot process loads it with evla_cli.load_policy(BUNDLE) and needs nothing else. The bundle is read again, acts
+    once, and keeps what it did in check.json, with which evla verify compares.
     """
     from evla_cli.checkpoint.read_ahead import start_early
 
@@ -70,8 +73,11 @@ def command(
     for option, value in idle.items():
         if value is not None and chosen.visual_tokens.num_keep is None:
             raise EvlaError(f"{option} does nothing while all visual tokens are kept; give --num-visual-tokens.")
-    facts = pipeline.export(source, bundle, chosen, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    facts = pipeline.export(
+        source, bundle, chosen, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, act=act
+    )
     if as_json:
         click.echo(print_json({"bundle": str(bundle), **facts}))
     else:
-        click.echo(f"{bundle}: {facts['tensors']} tensors, {facts['bytes'] / 1e6:,.1f} MB, verified.")
+        done = "verified, acted once" if facts["acted"] else "verified, but for acting"
+        click.echo(f"{bundle}: {facts['tensors']} tensors, {facts['bytes'] / 1e6:,.1f} MB, {done}.")

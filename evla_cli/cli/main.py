@@ -45,7 +45,7 @@ def cli() -> None:
     evla export   CHECKPOINT BUNDLE ...          a self-contained bundle with its inference settings
     evla run      RECIPE.yaml                    all three, resumable
     evla verify   BUNDLE                         is it whole, and does it fit its settings?
-    evla predict  BUNDLE ...                     one action chunk
+    evla predict  SOURCE ...                     one action chunk
     evla bench    A B ...                        how fast and how large they are
     evla compare  A B --samples DATA             how far B's actions lie from A's, and why
     evla eval     A B ... --suite SUITE          how often they succeed in closed loop

@@ -43,6 +43,10 @@ def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(command)
 
 
+def act_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--no-act", "act", is_flag=True, default=True, flag_value=False, help=help)
+
+
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
 

@@ -112,6 +112,14 @@ Examples:
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Of --samples.")
 @click.option("--memory-budget", metavar="SIZE", help="For hidden states of --samples; more go to a temporary file.")
 @device_option
+@click.option(
+    "--no-check",
+    "check",
+    flag_value=False,
+    default=True,
+    help="Do not run SOURCE without what goes, and what was written, on a few tokens, to see that both are the same "
+    "before DEST appears. Saves reading both once more; the manifest says so.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @json_option
 @quiet_option
@@ -140,6 +148,7 @@ def command(
     batch_size: int,
     memory_budget: str | None,
     device: str,
+    check: bool,
     dry_run: bool,
     as_json: bool,
     overwrite: bool,
@@ -200,6 +209,7 @@ def command(
         refit=RefitOptions(data, num_samples, batch_size, refit_last_weight, device, memory_budget)
         if refit and data is not None
         else None,
+        check=check,
         dry_run=dry_run,
         overwrite=overwrite,
     )

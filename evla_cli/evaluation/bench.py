@@ -33,16 +33,17 @@ from evla_cli.evaluation.latency import (
     measure_latency,
     rotated,
 )
-from evla_cli.evaluation.memory import available_bytes, peak_memory, release
+from evla_cli.evaluation.memory import FOR_LESS_MEMORY, available_bytes, peak_memory, release
 from evla_cli.evaluation.stock import load_stock_policy
 from evla_cli.models.processing import CogACTProcessor
-from evla_cli.models.skeleton import build_skeleton, check_device
+from evla_cli.models.skeleton import build_skeleton, check_device, out_of_memory
 from evla_cli.models.tiled_linear import multiplies_natively
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
 from evla_cli.schema import SCHEMA_VERSION
 from evla_cli.settings import InferenceSettings
 
 BASELINES = ("stock", "neutral")
+_CPUINFO = Path("/proc/cpuinfo")  # Linux
 _MAX_VISITS = 3  # of each model where not all fit at once
 _FREE_SHARE = 0.9  # of the memory that is left, for weights
 _INSTRUCTION = "pick up the red block and put it on the plate"
@@ -95,11 +96,11 @@ def bench(
         raise EvlaError(f"--baseline: unknown baseline '{unknown[0]}'. {suggest(unknown[0], [*BASELINES, 'none'])}")
     batch = make_batch(samples, batch_size, seed)
     rows = make_rows(open_candidates(paths, num_denoise_steps), baselines)
-    budget = parse_size(memory_budget) if memory_budget else int(_FREE_SHARE * available_bytes(device))
+    budget = int(_FREE_SHARE * available_bytes(device)) if memory_budget is None else parse_size(memory_budget)
     together = weight_bytes(rows, device, dtype) <= budget
     sessions = plan_sessions(rows, runs, together)
     measured = _Measured()
-    with _threads(threads):
+    with _threads(threads), out_of_memory(device, FOR_LESS_MEMORY):
         for session, session_runs in sessions:
             _run_session(session, session_runs, warmup, batch, device, dtype, measured)
             release(device)
@@ -162,10 +163,14 @@ def weight_bytes(rows: Sequence[Row], device: str, dtype: str | None) -> int:
     """Of all models at once. On the CPU, weights in their stored dtype are mapped files, which models share."""
     sizes: dict[Any, int] = {}
     for row in rows:
-        stored = list(row.candidate.checkpoint.weights.values())
-        loaded = [lazy.to(getattr(torch, dtype)) for lazy in stored] if dtype else stored
-        mapped = torch.device(device).type == "cpu" and loaded == stored
-        sizes[row.candidate.path if mapped else row.model] = sum(lazy.num_bytes for lazy in loaded)
+        checkpoint, mapped, copied = row.candidate.checkpoint, 0, 0
+        for name, lazy in checkpoint.weights.items():
+            computed = checkpoint.family.compute_dtype(name, getattr(torch, dtype) if dtype else lazy.dtype)
+            if torch.device(device).type == "cpu" and computed == lazy.dtype:
+                mapped += lazy.num_bytes
+            else:
+                copied += lazy.num_elements * computed.itemsize
+        sizes |= {row.candidate.path: mapped, row.model: copied}
     return sum(sizes.values())
 
 
@@ -190,7 +195,7 @@ class _Measured:
     stages: dict[str, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
     heads: dict[str, dict[int, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     load_seconds: dict[Any, list[float]] = field(default_factory=lambda: defaultdict(list))
-    dtypes: dict[Any, str] = field(default_factory=dict)
+    dtypes: dict[Any, dict[str, str]] = field(default_factory=dict)
 
 
 def _run_session(
@@ -203,8 +208,7 @@ def _run_session(
             start = time.perf_counter()
             models[row.model] = _load_row(row.model, row.settings, device, dtype)
             measured.load_seconds[row.model].append(time.perf_counter() - start)
-            weight = next(models[row.model].model.projector.parameters())
-            measured.dtypes[row.model] = str(weight.dtype).removeprefix("torch.")
+            measured.dtypes[row.model] = _dtypes(models[row.model])
     policies = {row.name: models[row.model].with_settings(row.settings) for row in rows}
     for name, latency in measure_latency(policies, batch, runs, warmup).items():
         measured.stages[name] += latency.runs
@@ -213,6 +217,11 @@ def _run_session(
             heads = measure_head(policies[row.name], len(batch.images), runs, warmup, batch.seed)
             for interval, times in heads.items():
                 measured.heads[row.name][interval] += times
+
+
+def _dtypes(policy: Policy) -> dict[str, str]:
+    parts = {"dtype": policy.model.projector, "head_dtype": policy.model.action_head}
+    return {name: str(next(part.parameters()).dtype).removeprefix("torch.") for name, part in parts.items()}
 
 
 def _load_row(model: tuple[Path, bool], settings: InferenceSettings, device: str, dtype: str | None) -> Policy:
@@ -237,7 +246,7 @@ def _references(rows: Sequence[Row]) -> list[str]:
     return [row.name for row in rows if row.candidate is first]
 
 
-def _facts(row: Row, batch: Batch, dtype: str) -> dict[str, Any]:
+def _facts(row: Row, batch: Batch, dtypes: dict[str, str]) -> dict[str, Any]:
     checkpoint = row.candidate.checkpoint
     model = build_skeleton(checkpoint.family, checkpoint.config)
     assert checkpoint.tokenizer_dir is not None
@@ -248,7 +257,7 @@ def _facts(row: Row, batch: Batch, dtype: str) -> dict[str, Any]:
         "name": row.name,
         "path": str(row.candidate.path),
         "kind": row.kind,
-        "dtype": dtype,
+        **dtypes,
         "settings": row.settings.to_record(),
         "parameters": total_elements(checkpoint.weights),
         "bytes_on_disk": checkpoint.reader.bytes_on_disk,
@@ -318,15 +327,15 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def _processor_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.is_file() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:

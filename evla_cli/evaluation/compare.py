@@ -18,7 +18,7 @@ from evla_cli.evaluation.fidelity import Predictions, cognition_tokens, fidelity
 from evla_cli.evaluation.memory import release
 from evla_cli.families.base import Checkpoint, prune_config
 from evla_cli.methods.layer_pruning import prune_weights
-from evla_cli.models.skeleton import check_device
+from evla_cli.models.skeleton import check_device, out_of_memory
 from evla_cli.plan import PLAN, PrunePlan
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.policy import Policy, policy_from_weights
@@ -71,7 +71,8 @@ def compare(
     cache = None
     policy: Policy | None = None
     variants = make_variants(a, b, plan)
-    with progress_bar("comparing", len(variants), "policy") as bar:
+    advice = "use a smaller --batch-size, --dtype bfloat16, or --device cpu"
+    with out_of_memory(device, advice), progress_bar("comparing", len(variants), "policy") as bar:
         for number, variant in enumerate(variants):
             if number == 0 or variant.checkpoint is not variants[number - 1].checkpoint:
                 policy = None  # gone before the next one comes
@@ -246,7 +247,7 @@ def common_unnorm_key(a: Candidate, b: Candidate, key: str | None) -> str:
         raise EvlaError(f"The models share {len(shared)} datasets; name one with --unnorm-key: {', '.join(shared)}.")
     if key is not None and key not in shared:
         raise EvlaError(f"Unknown --unnorm-key '{key}'. {suggest(key, shared)}")
-    return key or shared[0]
+    return shared[0] if key is None else key
 
 
 def check_comparable(a: Candidate, b: Candidate, key: str) -> None:

@@ -101,11 +101,11 @@ def _language_model(
         if full:
             width = layer.self_attn.q_proj.out_features
             operations += _attention(computed, length, width)
-            # Scores: the prompt's queries and their products with the layer's own keys, once more.
+            # Scores: the products of the prompt's queries with the layer's own keys, once more.
             leaves = kept < visual and index == tokens.prune_layer - 1 and tokens.method != "random"
             if leaves or tokens.method == "vla_cache":
                 rows = num_prompt_tokens - 1
-                operations += 2 * layer.self_attn.q_proj.weight.numel() * rows + 2 * rows * length * width
+                operations += 2 * rows * length * width
     return operations
 
 

@@ -77,7 +77,9 @@ def time_stages(policy: Policy, batch: Batch) -> Stages:
     clock = Clock(_device(policy))
     noise = policy.draw_noise(len(batch.images), torch.Generator().manual_seed(batch.seed))
     layers: Any = policy.model.language_model.model.layers
-    with _marked(clock, [policy.model.projector, *layers]) as (begins, ends):
+    # A layer begins with its first norm and ends with its MLP: these run also where the layer itself is not called.
+    starts = [policy.model.projector, *(layer.input_layernorm for layer in layers)]
+    with _marked(clock, starts, [policy.model.projector, *(layer.mlp for layer in layers)]) as (begins, ends):
         clock.synchronize()
         marks = [clock.mark()]
         inputs = policy.prepare(batch.images, batch.instructions)
@@ -92,8 +94,8 @@ def time_stages(policy: Policy, batch: Batch) -> Stages:
     start, prepared, seen, thought, acted = marks
     points = (start, prepared, begins[0], seen, thought, acted)
     times = {stage: clock.milliseconds(*points[i : i + 2]) for i, stage in enumerate(STAGES)}
-    # What precedes the first layer (positions, mask) is no selection. Nothing but the loop stands between most layers,
-    # so the median is what measuring itself takes.
+    # What precedes the first layer (positions, mask) is no selection. Nothing but the loop and one addition stands
+    # between most layers, so the median is what measuring itself takes.
     between = [clock.milliseconds(end, begin) for end, begin in zip(ends[1:-1], begins[2:], strict=True)]
     selection = sum(between) - len(between) * statistics.median(between) if between else 0.0
     return times | {WHOLE: clock.milliseconds(start, acted), TOKEN_SELECTION: selection}
@@ -162,14 +164,14 @@ class Clock:
 
 
 @contextmanager
-def _marked(clock: Clock, modules: Sequence[nn.Module]) -> Iterator[tuple[list[Any], list[Any]]]:
-    """When each of `modules` began and ended, in the order in which they ran."""
+def _marked(
+    clock: Clock, first: Sequence[nn.Module], last: Sequence[nn.Module]
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """When each of the `first` modules began and each of the `last` ended, in the order in which they ran."""
     begins: list[Any] = []
     ends: list[Any] = []
-    handles = []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(lambda *_: begins.append(clock.mark())))
-        handles.append(module.register_forward_hook(lambda *_: ends.append(clock.mark())))
+    handles = [module.register_forward_pre_hook(lambda *_: begins.append(clock.mark())) for module in first]
+    handles += [module.register_forward_hook(lambda *_: ends.append(clock.mark())) for module in last]
     try:
         yield begins, ends
     finally:

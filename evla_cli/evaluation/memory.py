@@ -3,7 +3,9 @@
 import gc
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,11 +15,17 @@ from typing import Any
 
 import torch
 
+from evla_cli.checkpoint.system import physical_bytes
 from evla_cli.errors import EvlaError
 from evla_cli.evaluation.latency import Batch
+from evla_cli.models.skeleton import out_of_memory
 from evla_cli.runtime.policy import Policy
 
-_STATUS, _MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+_STATUS, _MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # Linux
+FOR_LESS_MEMORY = (
+    "use a smaller --batch-size, a --memory-budget, beyond which models are loaded one after the other, --dtype "
+    "bfloat16, or --device cpu"
+)
 _SECONDS_BETWEEN_SAMPLES = 0.005
 START_METHOD = "spawn"  # a forked process would share the pages of its libraries, and count too few
 
@@ -26,7 +34,8 @@ def peak_memory(load: Callable[..., Policy], batch: Batch, device: str, threads:
     """In bytes, in a process of its own. `load` must be picklable.
 
     Returns:
-        peak_rss_anon_bytes: memory that nobody else can have: private copies, activations, libraries' own.
+        peak_rss_anon_bytes: memory that nobody else can have: private copies, activations, libraries' own. None where
+            the system does not tell it from the rest (macOS).
         peak_rss_bytes: with the pages of mapped files, weights among them, which the system can drop.
         imported_rss_anon_bytes: of the first, what was there before loading began.
         peak_device_bytes: torch's allocations on a GPU; None elsewhere.
@@ -59,32 +68,34 @@ def peak_memory(load: Callable[..., Policy], batch: Batch, device: str, threads:
 
 def _answer(sender: Connection, *arguments: Any) -> None:
     try:
-        sender.send(_load_and_predict(*arguments))
+        with out_of_memory(arguments[2], FOR_LESS_MEMORY):
+            sender.send(_load_and_predict(*arguments))
     except EvlaError as error:
         sender.send(error)
 
 
 def _load_and_predict(load: Callable[..., Policy], batch: Batch, device: str, threads: int) -> dict[str, int | None]:
     torch.set_num_threads(threads)
-    imported = _kilobytes(_STATUS, "RssAnon")
+    imported = _bytes(_STATUS, "RssAnon")
     with _Sampler() as sampler:
         policy = load()
         key = next(iter(policy.model.config.norm_stats))
         policy.predict(batch.images, batch.instructions, unnorm_key=key)
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "peak_rss_anon_bytes": 1024 * sampler.peak,
-        "peak_rss_bytes": 1024 * _kilobytes(_STATUS, "VmHWM"),
-        "imported_rss_anon_bytes": 1024 * imported,
+        "peak_rss_anon_bytes": sampler.peak,
+        "peak_rss_bytes": _bytes(_STATUS, "VmHWM") or _peak_resident_bytes(),
+        "imported_rss_anon_bytes": imported,
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
     }
 
 
 def available_bytes(device: str) -> int:
-    """What can be taken without pushing anything else out; the page cache counts as free."""
+    """What can be taken without pushing anything else out; the page cache counts as free. Where the system does not
+    say, half of its memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return 1024 * _kilobytes(_MEMINFO, "MemAvailable")
+    return _bytes(_MEMINFO, "MemAvailable") or (physical_bytes() or 0) // 2
 
 
 def release(device: str) -> None:
@@ -95,10 +106,10 @@ def release(device: str) -> None:
 
 
 class _Sampler:
-    """The highest RssAnon inside a block, in kilobytes: the system keeps a record of the highest RSS alone."""
+    """The highest RssAnon inside a block, in bytes: the system keeps a record of the highest RSS alone."""
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.peak: int | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -120,9 +131,18 @@ class _Sampler:
             time.sleep(_SECONDS_BETWEEN_SAMPLES)
 
     def _sample(self) -> None:
-        self.peak = max(self.peak, _kilobytes(_STATUS, "RssAnon"))
+        found = _bytes(_STATUS, "RssAnon")
+        if found is not None:
+            self.peak = max(self.peak or 0, found)
 
 
-def _kilobytes(file: Path, key: str) -> int:
-    line = next(line for line in file.read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1])
+def _bytes(file: Path, key: str) -> int | None:
+    """None where there is no such file, or no such line in it."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found = [int(line.split()[1]) for line in lines if line.startswith(f"{key}:")]  # in kB
+    return 1024 * found[0] if found else None
+
+
+def _peak_resident_bytes() -> int:
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else 1024 * highest

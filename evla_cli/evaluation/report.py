@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evla_cli.checkpoint.bundle import MANIFEST
 from evla_cli.checkpoint.tensors import total_bytes, total_elements
 from evla_cli.families import open_checkpoint
+from evla_cli.families.base import Checkpoint
+from evla_cli.families.quantized import quantization
 from evla_cli.plan import LayerImportance, LayerScore, PrunePlan, StackPlan, ranked
 
 if TYPE_CHECKING:
@@ -148,16 +151,18 @@ def refit_table(report: dict[str, Any]) -> str:
 
 def inspection(source: Path) -> dict[str, Any]:
     """What a checkpoint is, from names, shapes and configs alone."""
+    from evla_cli.models.skeleton import checked_skeleton
+
     checkpoint = open_checkpoint(source)
+    quantized = quantization(checkpoint.config, checkpoint.reader.tensors)
+    if quantized is None:  # such weights fit no model; that is told as a fact
+        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     parts = {}
     for part, prefix in checkpoint.family.parts.items():
         tensors = {n: lazy for n, lazy in checkpoint.weights.items() if n == prefix or n.startswith(f"{prefix}.")}
         if tensors:
             parts[part] = {"parameters": total_elements(tensors), "bytes": total_bytes(tensors)}
     dtypes = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in checkpoint.reader.tensors.values())
-    can = ["analyze", "prune"] + (["export"] if checkpoint.family.has_action_head else [])
-    can += ["verify", "predict"] if checkpoint.layout == "bundle" else []
-    can += ["bench", "compare"] if checkpoint.family.has_action_head else []
     facts = {
         "path": str(source),
         "family": checkpoint.family.name,
@@ -171,9 +176,11 @@ def inspection(source: Path) -> dict[str, Any]:
             "layers": checkpoint.num_layers,
             "hidden_size": checkpoint.decoder_config["hidden_size"],
             "intermediate_size": checkpoint.intermediate_size,
+            "mlp_can_be_narrowed": checkpoint.mlp_obstacle is None,
         },
         "tokenizer": checkpoint.tokenizer_dir is not None,
-        "commands": can,
+        "quantization": quantized,
+        "commands": _commands(checkpoint, quantized is None),
     }
     if checkpoint.family.has_action_head:
         config = checkpoint.family.build_config(checkpoint.config)
@@ -190,6 +197,20 @@ def inspection(source: Path) -> dict[str, Any]:
     return facts
 
 
+def _commands(checkpoint: Checkpoint, is_plain: bool) -> list[str]:
+    """What can be done with it as it is."""
+    with_tokenizer, acts = checkpoint.tokenizer_dir is not None, checkpoint.family.has_action_head
+    possible = {
+        "analyze": with_tokenizer,
+        "prune": True,
+        "export": with_tokenizer and acts,
+        "verify": (checkpoint.root / MANIFEST).is_file(),
+        **dict.fromkeys(("predict", "bench", "compare", "eval"), with_tokenizer and acts),
+        "report": checkpoint.layout == "bundle" and with_tokenizer,
+    }
+    return [name for name, can in possible.items() if can and is_plain]
+
+
 def inspect_table(facts: dict[str, Any]) -> str:
     decoder = facts["decoder"]
     rows = [
@@ -200,7 +221,8 @@ def inspect_table(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['path']}: {facts['family']}, {facts['layout']} layout, {len(facts['files'])} weight file(s)",
         table(["part", "parameters", "size"], rows),
-        f"decoder     {decoder['layers']} layers, {decoder['hidden_size']} wide, MLP {decoder['intermediate_size']}",
+        f"decoder     {decoder['layers']} layers, {decoder['hidden_size']} wide, MLP {decoder['intermediate_size']}"
+        + ("" if decoder["mlp_can_be_narrowed"] or facts["quantization"] else " (of a kind that cannot be narrowed)"),
         f"dtypes      {', '.join(f'{name} ({count} tensors)' for name, count in facts['tensors_by_dtype'].items())}",
     ]
     if "action_head" in facts:
@@ -213,7 +235,9 @@ def inspect_table(facts: dict[str, Any]) -> str:
             f"datasets    {', '.join(facts['datasets'])}",
         ]
     lines.append(f"tokenizer   {'found' if facts['tokenizer'] else 'missing: copy tokenizer.json here'}")
-    lines.append(f"commands    {', '.join(facts['commands'])}")
+    if facts["quantization"] is not None:
+        lines.append(f"quantised   {facts['quantization']}: evla needs the model as it was before")
+    lines.append(f"commands    {', '.join(facts['commands']) or 'none'}")
     return "\n".join(lines)
 
 
@@ -281,10 +305,10 @@ def _size_cells(row: dict[str, Any]) -> list[str]:
     own = memory["peak_rss_anon_bytes"] if memory["peak_device_bytes"] is None else memory["peak_device_bytes"]
     return [
         row["name"],
-        row["dtype"],
+        row["dtype"] if row["head_dtype"] == row["dtype"] else f"{row['dtype']}, head {row['head_dtype']}",
         f"{row['parameters'] / 1e6:,.2f} M",
         f"{row['bytes_on_disk'] / 1e6:,.1f} MB",
-        f"{own / 1e6:,.0f} MB",
+        "" if own is None else f"{own / 1e6:,.0f} MB",
         f"{memory['peak_rss_bytes'] / 1e6:,.0f} MB",
         f"{row['load_seconds']:.2f} s",
         f"{row['flops']['paper']['total'] / 1e9:,.2f}",

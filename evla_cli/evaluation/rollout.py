@@ -19,7 +19,7 @@ from evla_cli.evaluation.suites import Outcome, Suite, Trial, load_suite
 from evla_cli.evaluation.video import check_video, write_video
 from evla_cli.evaluation.workers import run_jobs
 from evla_cli.families import open_checkpoint
-from evla_cli.models.skeleton import check_device
+from evla_cli.models.skeleton import check_device, out_of_memory
 from evla_cli.progress import progress_bar
 from evla_cli.runtime.policy import Policy, open_acting, policy_from_checkpoint
 from evla_cli.schema import SCHEMA_VERSION
@@ -162,9 +162,10 @@ def _trials(suite: Suite, tasks: Sequence[str] | None, episodes: int | None, fir
         if task not in suite.tasks:
             raise EvlaError(f"Unknown task '{task}'. {suggest(task, suite.tasks)}")
         default, most = suite.num_episodes(task)
-        if most is not None and (episodes or default) > most:
-            raise EvlaError(f"--episodes is {episodes}; {task} has {most}.")
-        trials += [Trial(task, number, first_seed + number) for number in range(episodes or default)]
+        count = default if episodes is None else episodes
+        if count < 1 or (most is not None and count > most):
+            raise EvlaError(f"--episodes is {count}; {task} has {'any number from 1 on' if most is None else most}.")
+        trials += [Trial(task, number, first_seed + number) for number in range(count)]
     return trials
 
 
@@ -200,8 +201,9 @@ class _Rollouts:
 
     def __call__(self, job: _Job) -> Outcome:
         frames: list[np.ndarray] = []
-        policy = self._policy(job.candidate)
-        outcome = self.suite.run_episode(policy, job.trial, None if job.video is None else frames.append)
+        with out_of_memory(self.device, "use fewer --workers, --dtype bfloat16, or --device cpu"):
+            policy = self._policy(job.candidate)
+            outcome = self.suite.run_episode(policy, job.trial, None if job.video is None else frames.append)
         if job.video is not None:
             write_video(job.video, frames)
         return outcome

@@ -1,7 +1,7 @@
 """The stock baseline: the same weights as somebody would run them who has transformers and CogACT's paper, not evla.
 
 An independent path, sharing only preprocessing with the runtime. What it does that the runtime's neutral path does not:
-- layers are `nn.Linear` in the weights' own dtype, whether or not the processor can multiply in it;
+- layers are `nn.Linear` in the VLM's dtype, whether or not the processor can multiply in it; the head's in float32;
 - both vision towers run to their end, for the hidden states of their second-to-last block;
 - the language model is called as a `LlamaForCausalLM`: with key-value cache, every layer's hidden states, and lm_head
   over all positions, for the last hidden state of one;
@@ -11,6 +11,7 @@ An independent path, sharing only preprocessing with the runtime. What it does t
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,8 @@ def load_stock_policy(
 class StockPolicy(Policy):
     def see(self, inputs: CogACTInputs) -> Tensor:
         model = self.model
-        dino = model.dino(inputs.dino_pixels, output_hidden_states=True).hidden_states[-2]
-        siglip = model.siglip(inputs.siglip_pixels, output_hidden_states=True).hidden_states[-2]
+        dino = _second_to_last(model.dino, model.dino.encoder.layer, inputs.dino_pixels)
+        siglip = _second_to_last(model.siglip, model.siglip.encoder.layers, inputs.siglip_pixels)
         patches = dino[:, 1 + model.config.dino_config.num_register_tokens :]  # without class and register tokens
         visual = model.projector(torch.cat((patches, siglip), dim=2))
         text = model.language_model.get_input_embeddings()(inputs.input_ids)
@@ -64,6 +65,7 @@ class StockPolicy(Policy):
 
     def act(self, cognition: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
         head, diffusion = self.model.action_head, self.settings.diffusion
+        cognition = cognition.to(head.positional_embedding)  # float32 behind a language model in bfloat16
         guided = diffusion.cfg_scale > 1.0
 
         def predict_noise(noisy: Tensor, timestep: int, step: int) -> Tensor:
@@ -81,6 +83,17 @@ class StockPolicy(Policy):
         if diffusion.sampler == "ddpm":
             return sample_ddpm(predict_noise, noise, generator or self._generator, schedule)
         return sample_ddim(predict_noise, noise, diffusion.num_denoise_steps, schedule)
+
+
+def _second_to_last(tower: Any, blocks: Any, pixels: Tensor) -> Tensor:
+    """The output of a tower's second-to-last block, (B, T, D): not every version hands it out when asked for it."""
+    seen: list[Tensor] = []
+    handle = blocks[-2].register_forward_hook(lambda _block, _inputs, output: seen.append(output))
+    try:
+        tower(pixels)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _denoise(head: ActionHead, noisy: Tensor, times: Tensor, condition: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from evla_cli.checkpoint.bundle import MANIFEST, open_manifest
 from evla_cli.checkpoint.files import check_exists
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
+from evla_cli.families.unknown import recognized
+from evla_cli.versions import warn_of_untested_versions
 
 # Asked in this order; each module's `open_checkpoint(path)` returns None for what is not its own.
 FAMILIES = {
@@ -21,16 +23,18 @@ def open_checkpoint(path: Path, check_manifest: bool = True) -> Checkpoint:
     Errors: it is none, or files that its manifest lists (where evla wrote one) are missing or of another size.
     """
     check_exists(path)
+    warn_of_untested_versions()
     for module in FAMILIES.values():
         checkpoint = import_module(module).open_checkpoint(path)
         if checkpoint is not None:
             if check_manifest and (checkpoint.root / MANIFEST).is_file():
                 _check_listed(checkpoint)
             return checkpoint
+    found = recognized(path)
     raise EvlaError(
-        f"{path} is not a checkpoint that evla knows. Expected a CogACT run (config.json, dataset_statistics.json, "
-        "checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory (config.json with a "
-        "known model_type, safetensors)."
+        f"{path} is not a checkpoint that evla knows. {found}{' ' if found else ''}Expected a CogACT run (config.json, "
+        "dataset_statistics.json, checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory "
+        "(config.json with a known model_type, safetensors)."
     )
 
 

@@ -17,14 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from evla_cli.checkpoint.bundle import CHECK
 from evla_cli.checkpoint.files import sha256_file
 from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.errors import EvlaError
+from evla_cli.families.layer_entries import of_kept_layers
 from evla_cli.plan import PrunePlan
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
     from evla_cli.calibration import Sample
@@ -70,8 +73,13 @@ class ModelFamily:
         embed: runs everything before the decoder and then the decoder's own forward, whose layers the caller has
             replaced by recorders; returns the mask (B, T) of real positions, None where none is padding. Given the
             model, samples, the tokenizer's directory, and a tensor on the device and in the dtype to compute with.
+        try_out: what the model puts out for a few made-up inputs of a fixed kind, for comparing two models.
         sample_kind: "image" (image and instruction) or "text".
         action_head: module path and weight-name prefix of the action head; None where the model cannot act.
+        layers_give_tensors: decoder layers are known to return hidden states alone; else the first one is run once on
+            the first batch, to see whether they return a tuple.
+        float32_parts: module paths and weight-name prefixes of what does not follow `--dtype`: it is computed in
+            float32 where that, or what the checkpoint holds, is less, and exported as it is stored.
         towers: name -> vision tower that can be pruned.
         modalities: what stands at which position: given the model's config in JSON form and the real positions (B, T),
             a mask (B, T) for each kind, which together are all real positions; None where all are text.
@@ -84,14 +92,25 @@ class ModelFamily:
     build_config: "Callable[[dict[str, Any]], PretrainedConfig]"
     build_model: "Callable[[PretrainedConfig], PreTrainedModel]"
     embed: "Callable[[PreTrainedModel, list[Sample], Path, torch.Tensor], torch.Tensor | None]"
+    try_out: "Callable[[Any], tuple[torch.Tensor, ...]]"
     sample_kind: str
     action_head: str | None = None
+    layers_give_tensors: bool = False
+    float32_parts: tuple[str, ...] = ()
     towers: Mapping[str, Tower] = field(default_factory=dict)
     modalities: "Callable[[dict[str, Any], torch.Tensor], dict[str, torch.Tensor]] | None" = None
 
     @property
     def has_action_head(self) -> bool:
         return self.action_head is not None
+
+    def follows_dtype(self, name: str) -> bool:
+        """Whether the module or weight of this name is computed and exported in the dtype that is asked for."""
+        return not any(name == part or name.startswith(f"{part}.") for part in self.float32_parts)
+
+    def compute_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the weight `name` is computed in where the model is computed in `dtype`."""
+        return dtype if self.follows_dtype(name) else torch.promote_types(dtype, torch.float32)
 
     @property
     def decoder_layers(self) -> str:
@@ -120,6 +139,8 @@ class Checkpoint:
         weights: under the names of the model that `family.build_model` makes.
         layer_prefix: of the decoder layers in the names of `reader.tensors`.
         tokenizer_dir: where tokenizer.json stands, if anywhere.
+        written_config: as `config`, but what the file itself says and what must be said once layers are removed, so
+            that a pruned checkpoint's is as short as its source's.
         write_pruned: writes weights (under the reader's names) and config to a directory, in this layout; returns the
             SHA-256 of every weight file.
     """
@@ -132,6 +153,7 @@ class Checkpoint:
     weights: LazyTensors
     layer_prefix: str
     tokenizer_dir: Path | None
+    written_config: dict[str, Any]
     write_pruned: WritePruned = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -160,6 +182,27 @@ class Checkpoint:
     def intermediate_size(self) -> int:
         return self.decoder_config["intermediate_size"]
 
+    def pruned_config(self, plan: PrunePlan) -> dict[str, Any]:
+        """What config.json says of the model that the plan leaves."""
+        return prune_config(self.written_config, self.family, plan)
+
+    @property
+    def mlp_obstacle(self) -> str | None:
+        """Why the decoder's MLPs cannot be narrowed; None where they are gated ones, all of one width."""
+        kinds = {f"mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "bias")}
+        for layer in range(self.num_layers):
+            prefix = f"{self.layer_prefix}.{layer}."
+            for name in (f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")):
+                lazy = self.reader.tensors.get(prefix + name)
+                if lazy is None:
+                    return f"layer {layer} of the decoder has no {name}"
+                width = lazy.shape[1 if name == "mlp.down_proj.weight" else 0]
+                if width != self.intermediate_size:
+                    return f"layer {layer} of the decoder is {width} wide, not {self.intermediate_size}"
+        others = [name for name in self.reader.tensors if name.startswith(f"{self.layer_prefix}.0.mlp.")]
+        others = [name for name in others if name.removeprefix(f"{self.layer_prefix}.0.") not in kinds]
+        return f"there is more in them ({others[0]})" if others else None
+
     @property
     def tower_prefixes(self) -> dict[str, tuple[str, ...]]:
         """As the family's, in the names of `reader.tensors`."""
@@ -175,16 +218,15 @@ class Checkpoint:
         return config.num_hidden_layers, config.intermediate_size
 
     def small_files_sha256(self) -> str:
-        """Of everything that is read from a checkpoint but its weights: configs, statistics, tokenizer, plan."""
+        """Of what decides the outputs but the weights: configs, statistics, tokenizer, chat templates, plan."""
         paths = sorted(path for pattern in _SMALL_FILES for path in self.root.glob(pattern) if path.is_file())
+        if self.layout == "bundle":  # whose check says what it did on one machine, nothing of what it is
+            paths = [path for path in paths if path.name != CHECK]
         lines = [f"{sha256_file(path)}  {path.relative_to(self.root).as_posix()}\n" for path in paths]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-_SMALL_FILES = ("*.json", "*.yaml", "*.model", "llm_config/*")
-
-# Per-layer lists in the configs of decoders; a config with a list of the wrong length does not load.
-LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+_SMALL_FILES = ("*.json", "*.yaml", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*", "llm_config/*")
 
 
 def config_section(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
@@ -194,15 +236,13 @@ def config_section(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, A
 
 
 def prune_config(config: dict[str, Any], family: ModelFamily, plan: PrunePlan) -> dict[str, Any]:
-    """The config of the pruned model: number of layers, MLP width, and every list that has one entry a layer."""
+    """The config of the pruned model: number of layers, MLP width, and every entry that is about single layers."""
     config = copy.deepcopy(config)
     decoder = config_section(config, family.config_path)
     decoder["num_hidden_layers"] = len(plan.keep_layers)
     decoder["intermediate_size"] = plan.kept_intermediate_size
-    for name in LAYER_LISTS:
-        values = decoder.get(name)
-        if isinstance(values, list) and len(values) == plan.num_layers:
-            decoder[name] = [values[layer] for layer in plan.keep_layers]
+    if plan.dropped_layers:
+        decoder.update(of_kept_layers(decoder, plan.num_layers, plan.keep_layers))
     for name, stack in plan.vision.items():
         tower = config_section(config, family.towers[name].config_path)
         tower["num_hidden_layers"] = len(stack.keep_layers)
@@ -223,9 +263,20 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], weights: LazyTensors,
 
 def check_names(expected: Collection[str], found: Collection[str], where: Path) -> None:
     missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    alone = next((name for name in unknown if re.search(r"\.experts\.\d+\.", name)), None)
+    if missing and alone:
+        raise EvlaError(
+            f"{where} is a mixture of experts whose experts stand one by one on disk ({alone}). Transformers fuses "
+            "them when it loads; evla takes tensors as they stand, and cannot analyze or prune this kind of model."
+        )
+    if missing and unknown:
+        raise EvlaError(
+            f"{where} lacks {len(missing)} weights (first: {missing[0]}) and holds {len(unknown)} that the model does "
+            f"not have (first: {unknown[0]}). If transformers loads it, it renames weights on the way; evla does not."
+        )
     if missing:
         raise EvlaError(f"{where} lacks {len(missing)} weights (first: {missing[0]}).")
-    unknown = [name for name in found if name not in expected]
     if unknown:
         raise EvlaError(f"{where} holds {len(unknown)} weights that the model does not have (first: {unknown[0]}).")
 

@@ -31,7 +31,6 @@ from evla_cli.families.base import (
     Tower,
     check_names,
     find_tokenizer,
-    prune_config,
 )
 from evla_cli.families.huggingface import copy_other_files, open_huggingface, read_config
 from evla_cli.plan import PrunePlan
@@ -68,16 +67,25 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
         if path.parent.name != "checkpoints":
             raise EvlaError(f"{path}: CogACT's layout is <RUN>/checkpoints/<name>.pt with <RUN>/config.json beside it.")
         return _open_native(path.parent.parent, path)
-    if (path / "checkpoints").is_dir():
-        files = sorted((path / "checkpoints").glob("*.pt"))
-        if not files:
-            raise EvlaError(f"{path / 'checkpoints'} holds no .pt file.")
-        if len(files) > 1:
-            raise EvlaError(f"{path / 'checkpoints'} holds {len(files)} .pt files; name the one to use.")
-        return _open_native(path, files[0])
-    if (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "cogact":
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "model_type" not in config:
+        return _open_run(path, config)
+    if config["model_type"] == "cogact":
         return open_huggingface(path, COGACT, _checked_config(read_config(path / "config.json"), path / "config.json"))
     return None
+
+
+def _open_run(path: Path, config: dict[str, Any]) -> Checkpoint | None:
+    """A run directory, perhaps not a whole one. A folder called `checkpoints` alone does not make one."""
+    files = sorted((path / "checkpoints").glob("*.pt"))
+    marked = "vla" in config or (path / "dataset_statistics.json").is_file()
+    if not (path / "checkpoints").is_dir() or not (files or marked):
+        return None
+    if not files:
+        raise EvlaError(f"{path / 'checkpoints'} holds no .pt file.")
+    if len(files) > 1:
+        raise EvlaError(f"{path / 'checkpoints'} holds {len(files)} .pt files; name the one to use.")
+    return _open_native(path, files[0])
 
 
 def _open_native(run: Path, file: Path) -> Checkpoint:
@@ -101,6 +109,7 @@ def _open_native(run: Path, file: Path) -> Checkpoint:
         weights=NativeNames(config).to_model(reader.tensors, file),
         layer_prefix=f"{_PARTS['language_model']}.model.layers",
         tokenizer_dir=find_tokenizer(run, run / "llm_config"),
+        written_config=config,
         write_pruned=_write_native,
     )
 
@@ -440,7 +449,7 @@ def _text_config(run: Path, shape: _ShapeReader) -> dict[str, Any]:
     config = {key: given[key] for key in (*known, "max_position_embeddings") if given.get(key) is not None}
     if type(config.get("num_attention_heads")) is not int or config["num_attention_heads"] < 1:
         raise EvlaError(f"{path}: num_attention_heads must be a positive whole number.")
-    head_dim = config.get("head_dim") or hidden_size // config["num_attention_heads"]
+    head_dim = config.get("head_dim", hidden_size // config["num_attention_heads"])
     if type(head_dim) is not int or head_dim < 1:
         raise EvlaError(f"{path}: {config['num_attention_heads']} attention heads do not fit a width of {hidden_size}.")
     return config | {
@@ -482,7 +491,7 @@ def _write_native(
     others = source.reader.others
     paths = native_paths(tensors) | {name: source.reader.paths[name] for name in others}
     sha256 = write_torch(dest / "checkpoints" / file, tensors, paths, others, on_bytes)
-    config = prune_config(source.config, COGACT, plan)
+    config = source.pruned_config(plan)
     write_llm_config(dest / "llm_config", config["text_config"])
     if source.tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
@@ -491,7 +500,7 @@ def _write_native(
     width = source.config["action_config"]["hidden_size"]
     loading = _LOADING.format(file=file, head=_HEAD_TYPES.get(width, "<its type>"))
     write_text(dest / "LOADING.md", loading + (_loading_towers(config) if plan.vision else ""))
-    copy_other_files(source.root, dest)
+    copy_other_files(source.root, dest, read={"checkpoints", "llm_config"})
     return {f"checkpoints/{file}": sha256}
 
 
@@ -568,6 +577,18 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tenso
     return mask
 
 
+def _try_out(model: Any) -> tuple[Tensor, ...]:
+    """The decoder's output for a patterned picture and four tokens."""
+    config = model.config
+    pixels = [
+        torch.linspace(0, 40, 3 * size * size).sin().view(1, 3, size, size)
+        for size in (config.dino_config.image_size, config.siglip_config.image_size)
+    ]
+    ids = (3 + 5 * torch.arange(4)) % config.text_config.vocab_size
+    inputs_embeds = model.embed_inputs(ids[None], *pixels)
+    return (model.language_model.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state,)
+
+
 def _see_dino(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> None:
     model.dino_features(_inputs(model, samples, tokenizer_dir, like).dino_pixels)
 
@@ -604,8 +625,13 @@ COGACT = ModelFamily(
     build_config=_build_config,
     build_model=_build_model,
     embed=_embed,
+    try_out=_try_out,
     sample_kind="image",
     action_head="action_head",
+    layers_give_tensors=True,
+    # CogACT's own code has the VLM in bfloat16 (autocast, or `vla.vlm.to(torch.bfloat16)` when it serves a robot) and
+    # casts the cognition token to the action model's dtype, which stays float32.
+    float32_parts=("action_head",),
     towers={
         "dino": Tower(
             blocks="dino.encoder.layer",

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import LAYER_LISTS, Checkpoint, ModelFamily
+from evla_cli.families.base import Checkpoint, ModelFamily
 from evla_cli.families.huggingface import open_huggingface, read_config
+from evla_cli.families.layer_entries import layer_entries
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +28,7 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
         return None
     full = config.to_dict()
     full.pop("_name_or_path", None)  # where it was read from is no part of the model
-    derived = {key: full[key] for key in LAYER_LISTS if isinstance(full.get(key), list) and not raw.get(key)}
-    checkpoint = open_huggingface(path, DECODER, full, derived)
+    checkpoint = open_huggingface(path, DECODER, full, layer_entries(full, config.num_hidden_layers))
     if not any(name.startswith("model.layers.0.") for name in checkpoint.weights):
         raise EvlaError(f"{path}: no weights named model.layers.0.*; only decoders with that layout can be handled.")
     return checkpoint
@@ -48,9 +48,18 @@ def _load_config(path: Path, raw: dict[str, Any]) -> "PretrainedConfig | None":
 
 
 def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    return AutoConfig.for_model(**config)
+    return CONFIG_MAPPING[config["model_type"]].from_dict(_with_plain_floats(config))
+
+
+def _with_plain_floats(value: Any) -> Any:
+    """Transformers writes an infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_plain_floats(entry) for key, entry in value.items()}
+    return [_with_plain_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _build_model(config: "PretrainedConfig") -> "PreTrainedModel":
@@ -79,6 +88,14 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: "torc
     return mask
 
 
+def _try_out(model: Any) -> "tuple[torch.Tensor, ...]":
+    """The logits of eight tokens."""
+    import torch
+
+    ids = (3 + 5 * torch.arange(8)) % model.config.vocab_size
+    return (model(input_ids=ids[None], use_cache=False).logits,)
+
+
 DECODER = ModelFamily(
     name="decoder",
     decoder="model",
@@ -92,5 +109,6 @@ DECODER = ModelFamily(
     build_config=_build_config,
     build_model=_build_model,
     embed=_embed,
+    try_out=_try_out,
     sample_kind="text",
 )

@@ -1,26 +1,29 @@
 """Checkpoints in Hugging Face's layout: one config.json beside safetensors (or .bin) shards."""
 
+import logging
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
-from evla_cli.checkpoint.bundle import SETTINGS
+from evla_cli.checkpoint.bundle import CHECK, SETTINGS
 from evla_cli.checkpoint.files import copy_file, read_json, write_json
 from evla_cli.checkpoint.outputs import MARKERS
-from evla_cli.checkpoint.reader import open_huggingface_checkpoint
+from evla_cli.checkpoint.reader import ADAPTER_CONFIG, WEIGHT_SUFFIXES, open_huggingface_checkpoint
 from evla_cli.checkpoint.tensors import LazyTensors
 from evla_cli.checkpoint.writer import write_huggingface_weights
 from evla_cli.errors import EvlaError
-from evla_cli.families.base import Checkpoint, ModelFamily, config_section, find_tokenizer, prune_config
+from evla_cli.families.base import Checkpoint, ModelFamily, config_section, find_tokenizer
 from evla_cli.plan import PrunePlan
 
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
+LOG = logging.getLogger(__name__)
+
 _MAX_LAYERS = 1000
 _MAX_INTEGER = 2**31
 # Of another state of the model: manifest and settings belong to the exact weights they were made for.
 _STALE = {*MARKERS, SETTINGS, "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+_CHAT_TEMPLATES = "additional_chat_templates"  # the one folder in which transformers keeps what is no weights
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -40,15 +43,23 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def open_huggingface(
-    directory: Path, family: ModelFamily, config: dict[str, Any], layer_lists: dict[str, list[Any]] | None = None
+    directory: Path, family: ModelFamily, config: dict[str, Any], layer_entries: dict[str, Any] | None = None
 ) -> Checkpoint:
     """
     Args:
         config: the whole config, defaults filled in.
-        layer_lists: config entries with one value a layer that config.json leaves out because they follow from the
-            layer's index; once layers are removed they no longer do, and a pruned config must spell them out.
+        layer_entries: config entries about single layers; those that config.json leaves out, because they follow from
+            the layer's index, no longer do once layers are removed, and a pruned config must spell them out.
     """
+    if config.get("transformers_weights") is not None:
+        raise EvlaError(
+            f"{directory / 'config.json'}: transformers_weights names {short_repr(config['transformers_weights'])} as "
+            "the weights, which is not read; save the model with transformers' save_pretrained."
+        )
     reader = open_huggingface_checkpoint(directory)
+    written = read_json(directory / "config.json")
+    target = config_section(written, family.config_path)
+    target.update({key: value for key, value in (layer_entries or {}).items() if not target.get(key)})
 
     def write_pruned(
         source: Checkpoint,
@@ -57,13 +68,11 @@ def open_huggingface(
         plan: PrunePlan,
         on_bytes: Callable[[int], Any] | None = None,
     ) -> dict[str, str]:
-        raw = read_json(directory / "config.json")
-        target = config_section(raw, family.config_path)
-        target.update({key: values for key, values in (layer_lists or {}).items() if not target.get(key)})
-        write_json(dest / "config.json", prune_config(raw, family, plan))
+        write_json(dest / "config.json", source.pruned_config(plan), allow_nan=True)
         hashes = write_huggingface_weights(dest, tensors, on_bytes=on_bytes)
-        # The README of a bundle tells what is in it and how to run it: neither holds any longer.
-        copy_other_files(directory, dest, leave_out={"README.md"} if source.layout == "bundle" else ())
+        # The README of a bundle tells what is in it and how to run it, its check what it did: none of it holds longer.
+        stale = {"README.md", CHECK} if source.layout == "bundle" else set()
+        copy_other_files(directory, dest, stale, read={path.relative_to(directory).parts[0] for path in reader.files})
         return hashes
 
     return Checkpoint(
@@ -75,18 +84,32 @@ def open_huggingface(
         weights=reader.tensors,
         layer_prefix=family.decoder_layers,
         tokenizer_dir=find_tokenizer(directory),
+        written_config=written,
         write_pruned=write_pruned,
     )
 
 
 def other_files(directory: Path) -> list[Path]:
-    """Every file at the top of a checkpoint but weights and hidden ones."""
-    paths = sorted(directory.iterdir())
-    return [p for p in paths if p.is_file() and p.suffix not in _WEIGHT_SUFFIXES and not p.name.startswith(".")]
+    """Every file of a checkpoint but weights and hidden ones: those at its top, and chat templates."""
+    paths = [*sorted(directory.iterdir()), *sorted((directory / _CHAT_TEMPLATES).glob("*.jinja"))]
+    return [p for p in paths if p.is_file() and p.suffix not in WEIGHT_SUFFIXES and not p.name.startswith(".")]
 
 
-def copy_other_files(source: Path, dest: Path, leave_out: Collection[str] = ()) -> None:
-    """All `other_files` but those of another state of the model, and but what `dest` already has."""
+def copy_other_files(source: Path, dest: Path, leave_out: Collection[str] = (), read: Collection[str] = ()) -> None:
+    """All `other_files` but those of another state of the model, and but what `dest` already has. Says what else is
+    left behind: an adapter fits the weights as they were, and so do weights in other forms and folders.
+
+    Args:
+        leave_out: names of files that are not to be copied.
+        read: names at the top of `source` that hold what is written otherwise, such as its weights.
+    """
     for path in other_files(source):
-        if path.name not in {*_STALE, *leave_out} and not (dest / path.name).exists():
-            copy_file(path, dest / path.name)
+        name = path.relative_to(source)
+        if path.name not in {*_STALE, ADAPTER_CONFIG, *leave_out} and not (dest / name).exists():
+            (dest / name).parent.mkdir(exist_ok=True)
+            copy_file(path, dest / name)
+    passed_over = {*_STALE, _CHAT_TEMPLATES, *leave_out, *read}
+    left = [p.name + "/" * p.is_dir() for p in sorted(source.iterdir()) if not p.name.startswith(".")]
+    left = [name for name in left if name.rstrip("/") not in passed_over and not (dest / name).exists()]
+    if left:
+        LOG.warning("Not copied from %s, since it fits the model as it was: %s.", source, ", ".join(left))

@@ -129,7 +129,8 @@ def train_policy(
             read_matrix, training, num_keep, chosen.policy, REWARDS[reward], dtype, seed, workers, on_visit
         )
         policy = chosen.policy(*layers.shape, _generator(seed, "policy")).to(dtype)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate or chosen.learning_rate)
+        rate = chosen.learning_rate if learning_rate is None else learning_rate
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=rate)
         untrained = best_policy = deepcopy(policy)
         best_episode = 0
         sweeps: list[list[_Choice]] = []

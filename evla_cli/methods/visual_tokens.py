@@ -106,19 +106,18 @@ def attention_received(attention: Tensor, context: Tensor) -> Tensor:
     return (attention * context[:, :, None]).sum(dim=1)
 
 
-def row_attention(
-    queries: Tensor, keys: Tensor, positions: Tensor, scaling: float, mask: Tensor | None = None
-) -> Tensor:
-    """Causal attention of some rows, mean over heads: (B, R, T).
+def row_attention(queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention of the last R rows, mean over heads: (B, R, T). Costs one product.
 
     Args:
         queries: (B, N, R, C), rotated, of these rows alone.
-        keys: (B, N, T, C), rotated, of all positions.
-        positions: (R,), where in the sequence the rows stand.
+        keys: (B, key-value heads, T, C), rotated, of all positions.
         mask: (B, T), 1 for real positions; None where none is padding.
     """
-    logits = (queries @ keys.transpose(2, 3)).float() * scaling  # (B, N, R, T)
-    visible = torch.arange(keys.shape[2], device=keys.device)[None, :] <= positions[:, None]  # (R, T)
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    logits = (queries @ keys.transpose(2, 3)).float() * queries.shape[3] ** -0.5  # (B, N, R, T)
+    positions = torch.arange(keys.shape[2], device=keys.device)
+    visible = positions[None, :] <= positions[-queries.shape[2] :, None]  # (R, T)
     if mask is not None:
         visible = visible & mask[:, None, None, :].bool()
     return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).mean(dim=1)

@@ -16,6 +16,7 @@ Reference: Li et al., "CogACT", arXiv 2411.19650.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     Dinov2WithRegistersConfig,
@@ -42,6 +43,10 @@ class DinoConfig(Dinov2WithRegistersConfig):
         super().__post_init__(**kwargs)
 
 
+class SiglipConfig(SiglipVisionConfig):
+    vision_use_head: bool = True  # before transformers 5.23 nothing declares it
+
+
 class CogACTConfig(PreTrainedConfig):
     """Nested configs of the four parts, and what un-normalises the actions.
 
@@ -55,7 +60,7 @@ class CogACTConfig(PreTrainedConfig):
     model_type = "cogact"
     sub_configs = {
         "dino_config": DinoConfig,
-        "siglip_config": SiglipVisionConfig,
+        "siglip_config": SiglipConfig,
         "text_config": LlamaConfig,
         "action_config": ActionHeadConfig,
     }
@@ -98,16 +103,22 @@ class CogACTForActionPrediction(PreTrainedModel):
         vision_width = config.dino_config.hidden_size + config.siglip_config.hidden_size
         self.config: CogACTConfig
         self.dino = Dinov2WithRegistersModel(config.dino_config)
+        if not hasattr(self.dino.encoder.layer[0].attention, "q_proj"):  # before transformers 5.18
+            for block in self.dino.encoder.layer:
+                block.attention = DinoAttention(config.dino_config)
         hidden_size, width = config.dino_config.hidden_size, config.dino_config.intermediate_size
         if width != hidden_size * config.dino_config.mlp_ratio:  # transformers knows whole ratios alone
             for block in self.dino.encoder.layer:
                 mlp: Any = block.mlp
                 mlp.fc1, mlp.fc2 = nn.Linear(hidden_size, width), nn.Linear(width, hidden_size)
-        self.siglip = SiglipVisionModel(config.siglip_config)
+        siglip = SiglipVisionModel(config.siglip_config)
+        self.siglip = getattr(siglip, "vision_model", siglip)  # before transformers 5.6
         self.projector = Projector(vision_width, config.projector_hidden_size, config.text_config.hidden_size)
         self.language_model = LlamaForCausalLM(config.text_config)
         self.action_head = ActionHead(config.action_config)
         self.post_init()
+        # Whatever a config asks for: the runtime makes its masks for it (`runtime.decoder.causal_mask`).
+        self.language_model.set_attn_implementation("sdpa")
 
     def forward(
         self,
@@ -166,6 +177,27 @@ def cognition_token(hidden_states: Tensor, attention_mask: Tensor | None) -> Ten
         return hidden_states[:, -1:]
     last = attention_mask.long().cumsum(dim=1).argmax(dim=1)  # (B,)
     return hidden_states[torch.arange(len(last), device=last.device), last].unsqueeze(1)
+
+
+class DinoAttention(nn.Module):
+    """What transformers computes, under its present names: those of a bundle's weights are the same in all versions."""
+
+    def __init__(self, config: DinoConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        queries, keys, values = (
+            project(hidden_states).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Projector(nn.Module):

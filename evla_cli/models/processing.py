@@ -3,17 +3,22 @@
 Letters used here: B batch, T prompt tokens, S image size.
 """
 
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from tokenizers import Tokenizer
+from PIL import Image, ImageFile
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from evla_cli.calibration import upright
 from evla_cli.errors import EvlaError
+
+LOG = logging.getLogger(__name__)
 
 _PROMPT = "In: What action should the robot take to {}?\nOut:"
 # Appended to every prompt: the empty token and EOS, whose hidden state after the final norm is the cognition token.
@@ -70,6 +75,7 @@ class CogACTProcessor:
 
     def __init__(self, config: Any, tokenizer_dir: Path):
         self.tokenizer = load_tokenizer(tokenizer_dir)
+        self._unknown_id = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
         self.dino_size = config.dino_config.image_size
         self.siglip_size = config.siglip_config.image_size
         self.bos_id = self._token_id("<s>", tokenizer_dir)
@@ -107,17 +113,36 @@ class CogACTProcessor:
             encoding = self.tokenizer.encode(text)
         except TypeError as error:  # from a command line in another encoding
             raise EvlaError("The instruction is not valid Unicode text.") from error
+        except Exception as error:  # the library raises plain Exception where it has no token for unknown words
+            raise EvlaError(f"The tokenizer cannot read the instruction '{instruction[:80]}': {error}.") from error
         ids = encoding.ids
+        _warn_of_unknown(self._unknown_words(text, encoding, begin, end))
         marks = [int(first < end and last > begin and last > first) for first, last in encoding.offsets]
         if ids[:1] != [self.bos_id]:
             ids, marks = [self.bos_id, *ids], [0, *marks]
         return ids + self.suffix_ids, marks + [0] * len(self.suffix_ids)
+
+    def _unknown_words(self, text: str, encoding: Encoding, begin: int, end: int) -> tuple[str, ...]:
+        """The pieces of `text[begin:end]` that became the unknown token. Where letters become bytes, there are none."""
+        spans = [
+            text[max(first, begin) : min(last, end)]
+            for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token_id == self._unknown_id
+        ]
+        return tuple(dict.fromkeys(span for span in spans if span.strip()))
 
     def _token_id(self, token: str, where: Path) -> int:
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
             raise EvlaError(f"{where / 'tokenizer.json'} has no token '{token}', which CogACT's prompt needs.")
         return token_id
+
+
+@cache  # once for the same words, not once a time step
+def _warn_of_unknown(words: tuple[str, ...]) -> None:
+    if words:
+        named = ", ".join(map(repr, words))
+        LOG.warning("The tokenizer has no token for %s: the model cannot read that in the instruction.", named)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -150,7 +175,13 @@ def image_tensor(image: Image.Image, size: int, mean: tuple[float, ...], std: tu
 
 
 def to_image(image: Any) -> Image.Image:
-    """A PIL image, or a uint8 array (height, width, 3), as a PIL image."""
+    """A PIL image, or a uint8 array (height, width, 3), as a PIL image.
+
+    One that is still what `Image.open` returned is turned as its EXIF data say, so that a file gives the same however
+    it is opened; any other is what its pixels are.
+    """
+    if isinstance(image, ImageFile.ImageFile):
+        return upright(image)
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)

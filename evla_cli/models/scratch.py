@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evla_cli.checkpoint.system import reserve
 from evla_cli.errors import EvlaError
 
 _REGION_BYTES = 256 * 2**20
@@ -57,7 +58,7 @@ class Scratch:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the mapped tensors
             size = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
             begin = os.fstat(self._file.fileno()).st_size
-            os.posix_fallocate(self._file.fileno(), begin, size)
+            reserve(self._file.fileno(), begin, size)
             return mmap.mmap(self._file.fileno(), size, offset=begin)
         except OSError as error:
             raise EvlaError(

@@ -9,6 +9,7 @@ float32, linear weights stored in half precision stay as they are and are widene
 `tiled_linear`.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +23,16 @@ from evla_cli.calibration import Sample
 from evla_cli.checkpoint.tensors import give_back_freed_memory, is_finite, load_finite
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, Tower
+from evla_cli.models.first_use import loading_on_first_use
 from evla_cli.models.scratch import Scratch, move
-from evla_cli.models.skeleton import assign_weights, checked_skeleton, drop_weights, move_buffers
+from evla_cli.models.skeleton import (
+    NothingOnMeta,
+    assign_weights,
+    checked_skeleton,
+    drop_weights,
+    move_buffers,
+    with_tied,
+)
 from evla_cli.models.tiled_linear import tile_linear
 from evla_cli.models.upload import Upload
 
@@ -72,13 +81,17 @@ class DecoderStream:
         self.checkpoint, self._dtype = checkpoint, dtype
         self._upload = Upload(device)
         self._model = checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
+        self._weights = with_tied(self._model, checkpoint.weights)
         move_buffers(self._model, device)
         for parameter in self._model.parameters():
             parameter.data = parameter.data.to(dtype)  # vision towers ask a weight what dtype their input should have
-        # Linear weights in half precision are held as they are, for they need not be widened before they are used.
+        # Linear weights in half precision are held as they are, for they need not be widened before they are used. What
+        # the family keeps in float32 is small, and asked what dtype its input should have.
         self._dtypes: dict[str, torch.dtype] = {}
         for name, module in self._model.named_modules():
-            if type(module) is nn.Linear and (weight := checkpoint.weights.get(f"{name}.weight")):
+            if not checkpoint.family.follows_dtype(name):
+                continue
+            if type(module) is nn.Linear and (weight := self._weights.get(f"{name}.weight")):
                 stored = weight.dtype if dtype == torch.float32 else dtype
                 if tile_linear(module, stored, dtype, device):
                     self._dtypes[f"{name}.weight"] = stored
@@ -87,11 +100,18 @@ class DecoderStream:
         self._embed, self._watch = (family.embed if tower is None else tower.see), watch
         blocks = list(cast(nn.ModuleList, self._model.get_submodule(self._prefix)))
         self._layers, self._idle = (blocks, []) if tower is None else (blocks[:-1], blocks[-1:])
+        self._layer_form = _LayerForm(known=tower is not None or family.layers_give_tensors)
+        self._last_parts: list[str] = []
+        self._ready: dict[int, dict[str, Tensor]] = {}  # weights of a layer that was run to see what it gives
         scratch = None if memory_budget is None else Scratch(memory_budget)
         self.batches: list[Batch] = []
         for start in range(0, len(samples), batch_size):
             batch = self._record(list(samples[start : start + batch_size]))
             self.batches.append(batch if scratch is None else replace(batch, **scratch.hold(vars(batch))))
+        for layer in self._layers:
+            layer.register_forward_hook(_hidden_states_alone)
+        if self._layers and not any(value.is_meta for value in self._layers[0].state_dict().values()):
+            self._ready[0] = self._layers[0].state_dict()
         for module in self._model.children():
             drop_weights(module)
         give_back_freed_memory()
@@ -142,6 +162,12 @@ class DecoderStream:
         """What layer `index` is called with besides, on the device."""
         return move(batch.arguments[index], self.device)
 
+    def load_last_parts(self) -> nn.Module:
+        """What the decoder does to the last layer's output: its final norm, whatever it is called."""
+        return nn.Sequential(
+            *(self.load_part(f"{self._prefix.rpartition('.')[0]}.{name}") for name in self._last_parts)
+        )
+
     def load_part(self, name: str) -> Any:
         """Another part of the model, such as the final norm or the action head, with its weights."""
         part = self._model.get_submodule(name)
@@ -151,6 +177,8 @@ class DecoderStream:
         return part
 
     def _read_layer(self, index: int) -> _Read:
+        if index in self._ready:
+            return self._ready.pop(index), None
         return self._read(self._layers[index], f"{self._prefix}.{index}.")
 
     def _read(self, module: nn.Module, prefix: str) -> _Read:
@@ -159,47 +187,37 @@ class DecoderStream:
         return weights, self._upload.done()
 
     def _read_weight(self, name: str) -> Tensor:
-        lazy = self.checkpoint.weights[name]
-        return self._upload.put(load_finite(name, lazy), self._dtypes.get(name, self._dtype))
+        lazy = self._weights[name]
+        dtype = self._dtypes.get(name) or self.checkpoint.family.compute_dtype(name, self._dtype)
+        return self._upload.put(load_finite(name, lazy), dtype)
 
     def _record(self, samples: list[Sample]) -> Batch:
         """One batch through everything before the layers, and the arguments of every layer."""
         owner_name, _, attribute = self._prefix.rpartition(".")
         owner = self._model.get_submodule(owner_name)
-        recorders = [_Recorder() for _ in self._layers]
-        setattr(owner, attribute, nn.ModuleList([*recorders, *self._idle]))
+        recorders = [_Recorder(layer, self._layer_form) for layer in self._layers]
         assert self.checkpoint.tokenizer_dir is not None
         like = torch.empty(0, device=self.device, dtype=self._dtype)
-        try:
-            with self._loading_on_first_use(), self._watch(self._model), torch.inference_mode():
+        with (
+            loading_on_first_use(self._model, self._load_now, self._layers[:1]),
+            self._watch(self._model),
+            _called_after(recorders[-1], owner) as self._last_parts,
+            torch.inference_mode(),
+            NothingOnMeta(),
+        ):
+            setattr(owner, attribute, nn.ModuleList([*recorders, *self._idle]))
+            try:
                 mask = self._embed(self._model, samples, self.checkpoint.tokenizer_dir, like)
-        finally:
-            setattr(owner, attribute, nn.ModuleList([*self._layers, *self._idle]))
+            finally:
+                setattr(owner, attribute, nn.ModuleList([*self._layers, *self._idle]))
         calls = [recorder.call for recorder in recorders]
         return Batch(calls[0][0], mask, [arguments for _, arguments in calls])
 
-    @contextmanager
-    def _loading_on_first_use(self) -> Iterator[None]:
-        """Every module gets its own parameters just before it first runs; what never runs is never read."""
-
-        def load(name: str, module: nn.Module) -> None:
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.is_meta:
-                    weight = self._read_weight(name + key)
-                    self._upload.wait(self._upload.done(), [weight])
-                    module._parameters[key] = nn.Parameter(weight, requires_grad=False)
-            give_back_freed_memory()  # else what stays lies scattered in it, and the heap grows block by block
-
-        handles = [
-            module.register_forward_pre_hook(lambda module, _, name=name: load(f"{name}." if name else "", module))
-            for name, module in self._model.named_modules()
-            if any(parameter.is_meta for parameter in module.parameters(recurse=False))
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _load_now(self, names: Sequence[str]) -> list[Tensor]:
+        weights = [self._read_weight(name) for name in names]
+        self._upload.wait(self._upload.done(), weights)
+        give_back_freed_memory()  # else what stays lies scattered in it, and the heap grows block by block
+        return weights
 
 
 @contextmanager
@@ -239,13 +257,69 @@ def check_mlp_is_added(layer: Any, hidden_states: Tensor, arguments: dict[str, A
         )
 
 
+@dataclass
+class _LayerForm:
+    """What layers give: a tuple, hidden states first, and what stands `beside` them; or hidden states alone."""
+
+    known: bool
+    gives_tuple: bool = False
+    beside: tuple[Any, ...] = ()
+
+
 class _Recorder(nn.Module):
-    """Stands where a decoder layer stood: keeps what it is called with and passes the hidden states on."""
+    """Stands where a layer stood: keeps what it is called with and passes the hidden states on.
+
+    Where nobody knows yet what layers give, the layer is run once to see. All else that the decoder asks of it (in
+    transformers before 5.6 a layer knows its kind of attention) is answered by the layer.
+    """
 
     call: tuple[Tensor, dict[str, Any]]
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise EvlaError("This decoder passes its layers positional arguments, which cannot be recorded.")
-        self.call = (hidden_states, kwargs)
-        return hidden_states
+    def __init__(self, layer: nn.Module, form: _LayerForm):
+        super().__init__()
+        self.__dict__.update(layer=layer, form=form)  # no submodule: its weights have their names already
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer, form = self.__dict__["layer"], self.__dict__["form"]
+        names = list(inspect.signature(layer.forward).parameters)
+        self.call = (hidden_states, dict(zip(names[1:], args, strict=False)) | kwargs)
+        if any(value is given for value in (*args, *kwargs.values()) for given in form.beside if given is not None):
+            raise EvlaError(
+                f"Layers of this decoder ({type(layer).__name__}) hand on more than hidden states; they cannot be run "
+                "one by one."
+            )
+        if not form.known:
+            output = layer(hidden_states, *args, **kwargs)
+            form.known, form.gives_tuple = True, isinstance(output, tuple)
+            form.beside = output[1:] if form.gives_tuple else ()
+        return (hidden_states, *form.beside) if form.gives_tuple else hidden_states
+
+
+def _hidden_states_alone(_layer: nn.Module, _inputs: Any, output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _called_after(last: nn.Module, owner: nn.Module) -> Iterator[list[str]]:
+    """The names of the children of `owner` that run after module `last` has, in order, filled inside the block."""
+    names: list[str] = []
+    ended = [False]
+
+    def note(name: str) -> None:
+        if ended[0]:
+            names.append(name)
+
+    handles = [last.register_forward_hook(lambda *_: ended.__setitem__(0, True))]
+    handles += [
+        child.register_forward_pre_hook(lambda *_, name=name: note(name))
+        for name, child in owner.named_children()
+        if not isinstance(child, nn.ModuleList)
+    ]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -41,7 +41,10 @@ def tile_linear(linear: nn.Linear, weight: torch.dtype, compute: torch.dtype, de
 
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether this processor can multiply matrices in bfloat16 or float16 without widening them first."""
-    # torch has no public question for this; these answers are what its own kernels go by.
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    # torch has no public question for this; these answers are what its own kernels go by. A build without oneDNN, or a
+    # version that has renamed them, gives none: then weights are widened, which is right everywhere.
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except (AttributeError, RuntimeError):
+        return False

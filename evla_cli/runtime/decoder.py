@@ -1,19 +1,22 @@
 """The decoder loop with visual-token pruning, over transformers' own layers: no fork, no patch, no generate.
 
-Letters used here: B batch, T positions, V visual tokens, D hidden size. The sequence is [BOS] [V visual] [prompt].
+Letters used here: B batch, T positions, V visual tokens, D hidden size, N attention heads, C head width. The sequence
+is [BOS] [V visual] [prompt].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaModel, apply_rotary_pos_emb, repeat_kv
+from transformers import LlamaModel
 
 from evla_cli.methods.visual_tokens import TokenSelection, attention_received, row_attention, select_tokens
 from evla_cli.settings import VisualTokenSettings
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines, (1 or B, T, head width)
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, (1 or B, T, C)
+KeysValues = tuple[Tensor, Tensor]
 
 
 def run_decoder(
@@ -38,55 +41,64 @@ def run_decoder(
     hidden_states = inputs_embeds
     positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
     rotary = decoder.rotary_emb(hidden_states, position_ids=positions)
-    attention_mask = causal_mask(decoder, hidden_states, mask)
+    attention_mask = causal_mask(positions, mask)
     prunes = settings.num_keep is not None and settings.num_keep < num_visual
     for index, layer in enumerate(decoder.layers):
         if prunes and scores is not None and index == settings.prune_layer:
             selection = select_tokens(scores, inputs_embeds[:, 1 : 1 + num_visual], settings)
             keep = _positions_to_keep(selection.kept, num_visual, hidden_states.shape[1])  # (B, T')
             hidden_states = take(hidden_states, keep)
-            # Kept tokens keep their positions. The mask is built without them: given positions with gaps, transformers
-            # takes each gap for the border between two packed sequences.
-            rotary = (take(rotary[0], keep), take(rotary[1], keep))
+            rotary = (take(rotary[0], keep), take(rotary[1], keep))  # kept tokens keep their positions
             mask = None if mask is None else mask.gather(1, keep)
-            attention_mask = causal_mask(decoder, hidden_states, mask)
-        scoring = prunes and scores is None and index == settings.prune_layer - 1
-        seen = _Keys() if scoring else None
-        prompt = hidden_states[:, 1 + num_visual :]
-        hidden_states = layer(
-            hidden_states, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=seen
-        )
-        if seen is not None:
-            attention = prompt_attention(layer, prompt, rotary, seen.keys, mask)
+            attention_mask = causal_mask(positions[:, : keep.shape[1]], mask)
+        if prunes and scores is None and index == settings.prune_layer - 1:
+            hidden_states, queries, (keys, _) = run_layer(layer, hidden_states, rotary, attention_mask)
+            attention = row_attention(queries[:, :, 1 + num_visual :], keys, mask)
             scores = attention_received(attention, context)[:, 1 : 1 + num_visual]
+        else:
+            hidden_states = layer(hidden_states, attention_mask=attention_mask, position_embeddings=rotary)
     return decoder.norm(hidden_states), mask, selection
 
 
-def prompt_attention(layer: Any, prompt: Tensor, rotary: Rotary, keys: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, R, T): attention of the last R positions, mean over heads. Costs their queries and one product.
+def run_layer(
+    layer: Any,
+    hidden_states: Tensor,
+    rotary: Rotary,
+    attention_mask: Tensor | None,
+    merge: Callable[[Tensor, Tensor], KeysValues] | None = None,
+) -> tuple[Tensor, Tensor, KeysValues]:
+    """One decoder layer over its own modules, with its queries, keys and values. Bit-equal to calling the layer.
+
+    transformers hands out keys through its cache alone, whose calling convention changes between versions.
 
     Args:
-        prompt: (B, R, D), their hidden states as they enter the layer.
-        rotary: of all T positions.
-        keys: (B, key-value heads, T, C), of all T positions, rotated.
-        mask: (B, T), 1 for real positions; None where none is padding.
+        hidden_states: (B, T', D), of the positions that are computed.
+        rotary: of these positions.
+        attention_mask: see `visible`; None where each position sees itself and all before it.
+        merge: given the keys and values of these positions, those of all T; None: these are all.
+
+    Returns: hidden states (B, T', D), queries (B, N, T', C), and keys and values (B, key-value heads, T, C); queries
+        and keys are rotated.
     """
-    attention, first_row = layer.self_attn, keys.shape[2] - prompt.shape[1]
-    queries = _heads(attention.q_proj(layer.input_layernorm(prompt)), attention.head_dim)
-    queries = _rotate(queries, (rotary[0][:, first_row:], rotary[1][:, first_row:]))
-    keys = repeat_kv(keys, attention.num_key_value_groups)
-    positions = torch.arange(first_row, keys.shape[2], device=keys.device)
-    return row_attention(queries, keys, positions, attention.scaling, mask)
-
-
-class _Keys:
-    """Stands in for transformers' key-value cache in one layer: sees its keys, (B, key-value heads, T, C), rotated."""
-
-    keys: Tensor
-
-    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        self.keys = keys
-        return keys, values
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden_states)
+    queries, keys, values = (
+        project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, heads, T', C)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    queries, keys = _rotate(queries, rotary), _rotate(keys, rotary)
+    if merge is not None:
+        keys, values = merge(keys, values)
+    shares = queries.shape[1] // keys.shape[1]
+    mixed = F.scaled_dot_product_attention(
+        queries,
+        keys.repeat_interleave(shares, dim=1),
+        values.repeat_interleave(shares, dim=1),
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None,
+    )
+    hidden_states = hidden_states + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states)), queries, (keys, values)
 
 
 def _positions_to_keep(kept: Tensor, num_visual: int, length: int) -> Tensor:
@@ -103,21 +115,19 @@ def take(values: Tensor, positions: Tensor) -> Tensor:
     return values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2]))
 
 
-def _heads(values: Tensor, head_dim: int) -> Tensor:
-    """(B, T, N * C) -> (B, N, T, C)."""
-    return values.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def causal_mask(positions: Tensor, mask: Tensor | None) -> Tensor | None:
+    """As the layers want it: without padding, none, for then SDPA masks faster by itself."""
+    return None if mask is None else visible(positions, positions, mask)
+
+
+def visible(slots: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, 1, T', T), true where a computed position, one of `slots`, sees one of all: the real ones up to itself."""
+    seen = positions[:, None, None, :] <= slots[:, None, :, None]
+    return seen if mask is None else seen & mask[:, None, None, :].bool()
 
 
 def _rotate(values: Tensor, rotary: Rotary) -> Tensor:
-    """(B, N, T, C), at the positions that `rotary` is of."""
-    return apply_rotary_pos_emb(values, values, *rotary)[0]
-
-
-def causal_mask(decoder: LlamaModel, hidden_states: Tensor, mask: Tensor | None) -> Any:
-    return create_causal_mask(
-        config=decoder.config,
-        inputs_embeds=hidden_states,
-        attention_mask=mask,
-        past_key_values=None,
-        position_ids=None,
-    )
+    """(B, heads, T, C), at the positions that `rotary` is of: halves of a head turned against each other."""
+    cosines, sines = (part[:, None] for part in rotary)
+    first, second = values.chunk(2, dim=-1)
+    return values * cosines + torch.cat((-second, first), dim=-1) * sines

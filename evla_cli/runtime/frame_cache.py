@@ -5,14 +5,15 @@ R prompt positions. The sequence is [BOS] [V visual] [prompt].
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import LlamaModel
 
 from evla_cli.methods.frame_reuse import TokenReuse, attention_entropy, patch_similarity, plan_reuse
-from evla_cli.methods.visual_tokens import attention_received
-from evla_cli.runtime.decoder import causal_mask, prompt_attention, take
+from evla_cli.methods.visual_tokens import attention_received, row_attention
+from evla_cli.runtime.decoder import KeysValues, causal_mask, run_layer, take, visible
 from evla_cli.settings import VisualTokenSettings
 
 
@@ -28,7 +29,7 @@ class _Frame:
 
     prompt: Tensor
     pixels: Tensor
-    keys_values: list[tuple[Tensor, Tensor]]
+    keys_values: list[KeysValues]
     relevance: Tensor
     entropies: Tensor
 
@@ -75,7 +76,7 @@ class FrameCache:
         hidden_states = inputs_embeds
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).repeat(len(inputs_embeds), 1)
         rotary = full_rotary = decoder.rotary_emb(hidden_states, position_ids=positions[:1])
-        attention_mask = causal_mask(decoder, hidden_states, mask)
+        attention_mask = causal_mask(positions, mask)
         slots = positions  # (B, T'), what is computed, as positions
         keys_values, attentions = [], []
         for index, layer in enumerate(decoder.layers):
@@ -86,14 +87,11 @@ class FrameCache:
                 hidden_states = take(hidden_states, torch.searchsorted(slots, chosen))
                 slots = chosen
                 rotary = (take(full_rotary[0], slots), take(full_rotary[1], slots))
-                attention_mask = _mask(slots, positions, mask, hidden_states.dtype)
-            merged = _Merged(frame.keys_values[index] if frame and slots is not positions else None, slots)
-            prompt_rows = hidden_states[:, -context.shape[1] :]
-            hidden_states = layer(
-                hidden_states, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=merged
-            )
-            keys_values.append(merged.keys_values)
-            attentions.append(prompt_attention(layer, prompt_rows, full_rotary, merged.keys_values[0], mask))
+                attention_mask = visible(slots, positions, mask)
+            merge = partial(_merge, frame.keys_values[index], slots) if frame and slots is not positions else None
+            hidden_states, queries, merged = run_layer(layer, hidden_states, rotary, attention_mask, merge)
+            keys_values.append(merged)
+            attentions.append(row_attention(queries[:, :, -context.shape[1] :], merged[0], mask))
         attention = torch.stack(attentions, dim=1)  # (B, L, R, T)
         relevance = attention_received(attention.mean(dim=1), context)[:, 1 : 1 + num_visual]
         self.frame = _Frame(prompt, pixels, keys_values, relevance, attention_entropy(attention, context))
@@ -110,19 +108,10 @@ class FrameCache:
         return plan_reuse(similarity.masked_fill(~same, -1), frame.relevance, frame.entropies, self.settings)
 
 
-class _Merged:
-    """Stands in for transformers' key-value cache in one layer of one pass: old keys and values, new ones on top."""
-
-    def __init__(self, old: tuple[Tensor, Tensor] | None, slots: Tensor):
-        self.old, self.slots = old, slots
-
-    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        """(B, N, T', C) -> (B, N, T, C)."""
-        self.keys_values = (keys, values)
-        if self.old is not None:
-            index = self.slots[:, None, :, None].expand_as(keys)
-            self.keys_values = (self.old[0].scatter(2, index, keys), self.old[1].scatter(2, index, values))
-        return self.keys_values
+def _merge(old: KeysValues, slots: Tensor, keys: Tensor, values: Tensor) -> KeysValues:
+    """The old keys and values with the new ones at their places: (B, N, T', C) -> (B, N, T, C)."""
+    index = slots[:, None, :, None].expand_as(keys)
+    return old[0].scatter(2, index, keys), old[1].scatter(2, index, values)
 
 
 def _computed(reuse: TokenReuse, length: int, num_visual: int) -> tuple[Tensor, list[list[int]]]:
@@ -131,11 +120,3 @@ def _computed(reuse: TokenReuse, length: int, num_visual: int) -> tuple[Tensor, 
     exits[:, 1 : 1 + num_visual] = reuse.exit_layers
     layers = torch.arange(reuse.num_layers, device=exits.device)
     return exits, (exits[None] > layers[:, None, None]).sum(dim=2).tolist()
-
-
-def _mask(slots: Tensor, positions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(B, 1, T', T), added to the logits: a computed position sees every real one up to itself."""
-    hidden = positions[:, None, None, :] > slots[:, None, :, None]
-    if mask is not None:
-        hidden = hidden | (mask[:, None, None, :] == 0)
-    return torch.zeros(hidden.shape, dtype=dtype, device=slots.device).masked_fill(hidden, torch.finfo(dtype).min)

@@ -36,7 +36,8 @@ def load_policy(
     """Load a bundle. Needs no network and runs no code from the bundle.
 
     Args:
-        dtype: of weights and activations; None keeps what the bundle holds.
+        dtype: of weights and activations; None keeps what the bundle holds. CogACT's action head and sampler are in
+            float32 in any case, as in CogACT's own code; in float64 if that is asked for.
         seed: of the diffusion noise, see `Policy.predict_action`.
 
     Errors: anything missing, misshapen, not finite, or settings that the model cannot obey.
@@ -94,6 +95,7 @@ class Prediction:
     Attributes:
         actions: (B, H, A), float64, in the robot's units.
         normalized_actions: (B, H, A), in [-1, 1], gripper 0 or 1.
+        denoised_actions: (B, H, A), the same as the action head gave them: not clipped, gripper not rounded.
         cognition: (B, 1, D), what the action head was given.
         selection: the visual tokens that were kept and why, None if all were; under `vla_cache` those that were taken
             over from the frame before.
@@ -101,6 +103,7 @@ class Prediction:
 
     actions: np.ndarray
     normalized_actions: np.ndarray
+    denoised_actions: np.ndarray
     cognition: Tensor
     selection: TokenSelection | TokenReuse | None
 
@@ -178,10 +181,11 @@ class Policy:
         noise = self.draw_noise(len(images), generator) if noise is None else noise
         cognition, selection = self.think(inputs, self.see(inputs))
         normalized = self.act(cognition, noise, generator)
-        actions, clipped = unnormalize_actions(normalized.float().cpu().numpy(), stats)
+        denoised = normalized.float().cpu().numpy()
+        actions, clipped = unnormalize_actions(denoised, stats)
         if not np.isfinite(actions).all():
             raise EvlaError("The model computed an action that is not finite; its config or its dtype does not fit it.")
-        return Prediction(actions, clipped, cognition, selection)
+        return Prediction(actions, clipped, denoised, cognition, selection)
 
     # The stages of one prediction, in order.
 

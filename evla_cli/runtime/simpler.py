@@ -79,10 +79,11 @@ class SimplerPolicy:
             raise EvlaError(f"Unknown policy_setup '{policy_setup}'. {suggest(policy_setup, ROBOT_SETUPS)}")
         setup = ROBOT_SETUPS[policy_setup]
         self.policy = policy if isinstance(policy, Policy) else load_policy(policy, device=device, dtype=dtype)
-        self.unnorm_key = unnorm_key or setup.unnorm_key
+        self.unnorm_key = setup.unnorm_key if unnorm_key is None else unnorm_key
         self.policy.action_stats(self.unnorm_key)  # refuses an unknown key now, not after a scene was built
         self.action_scale, self.image_size = action_scale, image_size
-        self._ensemble = AdaptiveEnsemble(ensemble_horizon or setup.ensemble_horizon, ensemble_alpha)
+        horizon = setup.ensemble_horizon if ensemble_horizon is None else ensemble_horizon
+        self._ensemble = AdaptiveEnsemble(horizon, ensemble_alpha)
         self._gripper = AbsoluteGripper() if setup.sticky_steps is None else StickyGripper(setup.sticky_steps)
         self._generator = torch.Generator().manual_seed(seed)
         self._seed = seed

@@ -26,6 +26,8 @@ from evla_cli.checkpoint.writer import write_huggingface_weights
 from evla_cli.families import open_checkpoint
 from evla_cli.models.skeleton import load_model
 from evla_cli.running import run_recipe
+from evla_cli.runtime.action_check import ActionCheck
+from evla_cli.schema import to_mapping
 
 INDEX = "model.safetensors.index.json"
 RECIPE = """\
@@ -172,7 +174,7 @@ def test_bundle_config(num_cases: int, bundle: Path, tmp_path: Path, counted: An
         (directory / "config.json").write_bytes(text)
         manifest["files"]["config.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         (directory / "manifest.json").write_text(json.dumps(manifest))
-        facts = attempt(lambda: verify_bundle(directory))
+        facts = attempt(lambda: verify_bundle(directory, act=False))
         policy = attempt(lambda: load_policy(directory))
         assert (facts is REFUSED) == (policy is REFUSED), "verify and load_policy disagree"
         if policy is REFUSED:
@@ -302,7 +304,7 @@ def test_manifest(num_cases: int, bundle: Path, tmp_path: Path, counted: Any) ->
 
     def case(text: bytes) -> bool:
         (directory / "manifest.json").write_bytes(text)
-        facts = attempt(lambda: verify_bundle(directory))
+        facts = attempt(lambda: verify_bundle(directory, act=False))
         if facts is REFUSED:
             return False
         said = json_value(text)
@@ -348,3 +350,19 @@ def test_run_state(num_cases: int, cogact_run: Path, image_samples: Path, tmp_pa
 def _contents(directory: Path) -> dict[str, str]:
     paths = [path for path in directory.rglob("*") if path.is_file() and path.name != "run.json"]
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.mark.parametrize("num_cases", [30, pytest.param(1000, marks=pytest.mark.fuzz)])
+def test_check(num_cases: int, bundle: Path, tmp_path: Path, counted: Any) -> None:
+    valid = json.loads((bundle / "check.json").read_text())
+
+    def case(text: bytes) -> bool:
+        (tmp_path / "check.json").write_bytes(text)
+        check = attempt(lambda: ActionCheck.load(tmp_path))
+        if check is REFUSED:
+            return False
+        assert_holds(to_mapping(check), json_value(text))
+        assert np.isfinite(check.denoised_action).all()
+        return True
+
+    counted("check.json", run_examples("check", num_cases, damaged_json(valid), case))

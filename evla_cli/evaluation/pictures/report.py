@@ -25,7 +25,7 @@ from evla_cli.evaluation.pictures.speed_success import speed_success
 from evla_cli.evaluation.pictures.stage_times import stage_times
 from evla_cli.evaluation.pictures.token_cost import token_cost
 from evla_cli.evaluation.pictures.trajectories import trajectories
-from evla_cli.models.skeleton import build_skeleton
+from evla_cli.models.skeleton import build_skeleton, out_of_memory
 
 PAGE = "index.html"
 
@@ -60,7 +60,8 @@ def write_report(request: Request, output: Path, overwrite: bool = False) -> Rep
         inputs = open_inputs(request)
         for read in inputs.directories():
             check_apart(output, read)
-        measured = measure(inputs)
+        with out_of_memory(request.device, "use --dtype bfloat16, or --device cpu"):
+            measured = measure(inputs)
         sections = [
             layers(inputs),
             denoising(inputs, measured),

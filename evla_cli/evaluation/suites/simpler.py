@@ -5,9 +5,15 @@ Tasks and initial conditions are those of the visual-matching scripts in microso
 
 import contextlib
 import os
+import re
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -174,9 +180,24 @@ class Simpler:
                 "--suite simpler needs SIMPLER, which is not installed: follow "
                 "https://github.com/simpler-env/SimplerEnv#installation in this Python environment."
             )
+        lacking = [name for name in ("sapien", "mediapy", "matplotlib") if find_spec(name) is None]
+        if lacking:
+            raise EvlaError(f"--suite simpler needs {' and '.join(lacking)}, too: pip install {' '.join(lacking)}.")
+        # Its collision shapes come out empty, without an error: objects fall through the table.
+        if version("sapien").startswith("2.") and not version("numpy").startswith("1."):
+            raise EvlaError(
+                f"SAPIEN {version('sapien')} simulates without collisions under numpy {version('numpy')}: "
+                "pip install 'numpy<2' 'opencv-python<4.12'."
+            )
+        if shutil.which("ffmpeg") is None:
+            raise EvlaError(
+                "--suite simpler needs ffmpeg, with which SIMPLER's evaluator writes a video after every episode: "
+                "install it, or put imageio-ffmpeg's on the PATH (docs/closed-loop.md)."
+            )
 
     def facts(self) -> dict[str, Any]:
-        return {"conditions": "visual matching, as in CogACT's scripts"}
+        libraries = {name: version(name) for name in ("sapien", "numpy")}
+        return {"conditions": "visual matching, as in CogACT's scripts", **libraries, "renderer": _rendering_device()}
 
     def num_episodes(self, task: str) -> tuple[int, int | None]:
         count = len(TASKS[task].each)
@@ -188,6 +209,7 @@ class Simpler:
         task = TASKS[trial.task]
         arguments = task.shared | task.each[trial.number]
         model = _Watched(policy, task.policy_setup, seed=trial.noise_seed(0), on_frame=on_frame)
+        _kept_renderer().set_log_level("off")  # of the environment's own, which sets the level back
         with (
             tempfile.TemporaryDirectory(prefix="evla-simpler-") as videos,
             open(os.devnull, "w") as nowhere,
@@ -219,6 +241,48 @@ class _Watched(SimplerPolicy):
         if self._on_frame:
             self._on_frame(image)
         return super().step(image, task_description)
+
+
+@cache
+def _kept_renderer() -> Any:
+    """Lives as long as the process: SIMPLER drops its own after each episode, and the compiled shaders with it.
+
+    Without arguments, as an environment makes its own, which then shares this one's device.
+    """
+    from sapien.core import SapienRenderer
+
+    SapienRenderer.set_log_level("off")
+    return SapienRenderer()
+
+
+_PROBE = """
+from sapien.core import SapienRenderer
+SapienRenderer.set_log_level("info")
+SapienRenderer()
+"""
+
+
+def _rendering_device() -> str:
+    """The name of the device that SAPIEN picks, from its log.
+
+    Asked in a process of its own: without a driver SAPIEN makes a renderer all the same, and crashes when it is used.
+
+    Errors: it finds none.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _PROBE]
+    probe = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    log = probe.stderr + probe.stdout
+    picked = re.search(r"picked device: (\d+)", log)
+    if probe.returncode == 0 and picked:
+        named = re.search(rf"^ *{picked[1]} {{2,}}(.*?) {{2,}}", log, re.MULTILINE)
+        return named[1] if named else "unknown"
+    # Its own errors, and an exception's last line. That of GLFW is there whenever there is no screen.
+    errors = re.findall(r"^(?:.*\[error\] (?!GLFW)|\w+Error: )(.*?)\.?$", log, re.MULTILINE)
+    raise EvlaError(
+        f"SAPIEN cannot render here ({errors[-1] if errors else f'exit code {probe.returncode}'}): it needs a Vulkan driver, a GPU's or lavapipe of Mesa 25 "
+        "(docs/closed-loop.md)."
+    )
 
 
 def _overlay(name: str) -> Path:
