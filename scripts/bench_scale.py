@@ -9,8 +9,8 @@ disk is the system's count. "Cold" means that the source's pages were dropped fr
 was read through once. The baselines: `cp` for what writes a checkpoint, one forward pass of the wholly loaded model
 over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted). "prune"
 follows a plan, "prune-unchecked" does so with --no-check; "decide+prune" chooses layers and rows first, by importance
-and by magnitude. "refit", which only runs where `--jobs` names it (most of an hour), is "decide+prune" with `--refit` on
-the same samples, in float32, against the forward pass; "refit+towers" prunes and refits the vision towers, too, to the
+and by magnitude. "refit", which only runs where `--jobs` names it (most of an hour), is "decide+prune" with `--refit`
+on the same samples, in float32, against the forward pass; "refit+towers" prunes and refits the vision towers, too, to the
 recommended sizes.
 """
 

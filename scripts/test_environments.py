@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from environments import lerobot, libero, simpler, sources
@@ -43,11 +44,13 @@ class Target:
     Attributes:
         clients: distributions that the environment is for, shown with their versions.
         tests: run in it, by name.
+        sources: names what was copied into it, and from which commits.
     """
 
     build: Callable[[Path], Environment]
     clients: tuple[str, ...]
     tests: dict[str, tuple[str, ...]]
+    sources: Callable[[Path], str] | None = None
 
 
 @dataclass
@@ -83,11 +86,6 @@ def main() -> int:
 
 
 def targets(simpler_sources: Path | None) -> dict[str, Target]:
-    def build_simpler(folder: Path) -> Environment:
-        if simpler_sources is None and not (folder / "sources.json").exists():
-            raise Missing(f"SIMPLER's sources: make test-environments SIMPLER=DIR, {sources.EXPECTED}")
-        return simpler.build(folder, simpler_sources or folder)
-
     demo = {"demo": ("tests/environments/demo_path.py",)}
     return {
         "lerobot": Target(
@@ -101,9 +99,10 @@ def targets(simpler_sources: Path | None) -> dict[str, Target]:
             {**demo, "beside it": ("tests/environments/beside_libero.py",)},
         ),
         "simpler": Target(
-            build_simpler,
+            partial(simpler.build, given=simpler_sources),
             ("simpler-env", "mani-skill2-real2sim", "sapien"),
             {**demo, "beside it": ("tests/environments/beside_simpler.py",), "evla's tests": SUITE},
+            simpler.commits,
         ),
     }
 
@@ -146,6 +145,8 @@ def prepare(environment: Environment, target: Target, report: Report) -> None:
         f"{name} {version} -> {after.get(name)}" for name, version in before.items() if after.get(name) != version
     ]
     report.rows |= versions(environment, target, after)
+    if target.sources is not None:
+        report.rows["sources"] = target.sources(environment.folder)
     report.rows["replaced by evla"] = ", ".join(replaced) or "nothing"
     if replaced:
         report.failed.append(f"pip install evla replaced {', '.join(replaced)}")

@@ -151,12 +151,12 @@ def refit_table(report: dict[str, Any]) -> str:
 
 def inspection(source: Path) -> dict[str, Any]:
     """What a checkpoint is, from names, shapes and configs alone."""
-    from evla_cli.models.skeleton import checked_skeleton
+    from evla_cli.models.skeleton import check_fits
 
     checkpoint = open_checkpoint(source)
     quantized = quantization(checkpoint.config, checkpoint.reader.tensors)
     if quantized is None:  # such weights fit no model; that is told as a fact
-        checked_skeleton(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
+        check_fits(checkpoint.family, checkpoint.config, checkpoint.weights, checkpoint.root)
     parts = {}
     for part, prefix in checkpoint.family.parts.items():
         tensors = {n: lazy for n, lazy in checkpoint.weights.items() if n == prefix or n.startswith(f"{prefix}.")}

@@ -578,15 +578,16 @@ def _embed(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tenso
 
 
 def _try_out(model: Any) -> tuple[Tensor, ...]:
-    """The decoder's output for a patterned picture and four tokens."""
+    """The decoder's output for four patches of a patterned picture and four tokens."""
     config = model.config
     pixels = [
         torch.linspace(0, 40, 3 * size * size).sin().view(1, 3, size, size)
         for size in (config.dino_config.image_size, config.siglip_config.image_size)
     ]
     ids = (3 + 5 * torch.arange(4)) % config.text_config.vocab_size
-    inputs_embeds = model.embed_inputs(ids[None], *pixels)
-    return (model.language_model.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state,)
+    inputs_embeds = model.embed_inputs(ids[None], *pixels)  # (1, V + 4, D)
+    few = torch.cat((inputs_embeds[:, :5], inputs_embeds[:, -3:]), dim=1)
+    return (model.language_model.model(inputs_embeds=few, use_cache=False).last_hidden_state,)
 
 
 def _see_dino(model: Any, samples: "list[Sample]", tokenizer_dir: Path, like: Tensor) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 _NO_NETWORK = re.compile(
     "Failed to establish a new connection|Temporary failure in name resolution|Name or service not known|ProxyError"
     "|ConnectTimeout|Network is unreachable|Could not resolve|Could not connect"
+    r"|\(from versions: none\)"
 )
 
 
@@ -73,6 +74,7 @@ class Environment:
             "MPLCONFIGDIR": str(self.folder / "cache" / "matplotlib"),
             "PYTHONNOUSERSITE": "1",
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # the models are small
             **self.variables,
         }
 

@@ -4,8 +4,6 @@ from pathlib import Path
 
 from environments.building import Environment, create, install
 
-CLIENT = "lerobot"
-SHOWN = ("lerobot",)
 PACKAGE = "lerobot[smolvla,pi,dataset,evaluation]==0.6.1"
 
 

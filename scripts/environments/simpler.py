@@ -7,9 +7,10 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from environments import sources
-from environments.building import Environment, Failed, create, install
+from environments.building import Environment, Failed, Missing, create, install
 from environments.renderer import lavapipe
 
 SOURCES = Path(__file__).resolve().parent
@@ -32,23 +33,21 @@ assert 0.86 < height < 0.92, f"the carrot lies at a height of {height} m, not on
 """
 
 
-def build(folder: Path, given: Path) -> Environment:
-    environment = create(folder, [(3, 11)])  # SAPIEN 2.2.2 has no wheels for newer ones
+def build(folder: Path, given: Path | None) -> Environment:
+    """`given`: where the sources are; None goes on with those that were copied before."""
+    if given is None and not _record(folder):
+        raise Missing(f"SIMPLER's sources: make test-environments SIMPLER=DIR, {sources.EXPECTED}")
     simpler = folder / "src" / "SimplerEnv"
     maniskill = simpler / "ManiSkill2_real2sim"
-    if not (folder / "sources.json").exists():
+    if given is not None and _record(folder).get("given") != str(given.resolve()):
         _copy(given, simpler, maniskill, folder)
+    environment = create(folder, [(3, 11)])  # SAPIEN 2.2.2 has no wheels for newer ones
     pins = folder / "pins.txt"
     pins.write_text("\n".join(PINS) + "\n")
     install(environment, "--constraint", pins, "setuptools", "wheel")
-    editable = (
-        "--no-build-isolation",
-        "--editable",
-        maniskill,
-        "--editable",
-        simpler,
-    )  # they build with this setuptools
-    install(environment, "--constraint", pins, *editable, *UNDECLARED)
+    # Without isolation they build with this setuptools.
+    both = ("--editable", maniskill, "--editable", simpler)
+    install(environment, "--constraint", pins, "--no-build-isolation", *both, *UNDECLARED)
     _provide_opencv(environment, pins)
     _provide_ffmpeg(environment)
     assets = maniskill / "data"
@@ -57,8 +56,13 @@ def build(folder: Path, given: Path) -> Environment:
 
 
 def commits(folder: Path) -> str:
-    record = json.loads((folder / "sources.json").read_text())
-    return ", ".join(f"{name} {commit}" for name, commit in record["commits"].items())
+    return "\n".join(f"{name} {commit}" for name, commit in _record(folder)["commits"].items())
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What was copied; empty before."""
+    file = folder / "sources.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _copy(given: Path, simpler: Path, maniskill: Path, folder: Path) -> None:
@@ -68,7 +72,11 @@ def _copy(given: Path, simpler: Path, maniskill: Path, folder: Path) -> None:
         *sources.copy(found["SimplerEnv"], simpler),
         *sources.copy(found["ManiSkill2_real2sim"], maniskill),
     ]
-    record = {"commits": {name: source.commit for name, source in found.items()}, "absent": absent}
+    record = {
+        "given": str(given.resolve()),
+        "commits": {name: source.commit for name, source in found.items()},
+        "absent": absent,
+    }
     (folder / "sources.json").write_text(json.dumps(record, indent=1))
 
 

@@ -279,8 +279,9 @@ def _rendering_device() -> str:
         return named[1] if named else "unknown"
     # Its own errors, and an exception's last line. That of GLFW is there whenever there is no screen.
     errors = re.findall(r"^(?:.*\[error\] (?!GLFW)|\w+Error: )(.*?)\.?$", log, re.MULTILINE)
+    said = errors[-1] if errors else f"exit code {probe.returncode}"
     raise EvlaError(
-        f"SAPIEN cannot render here ({errors[-1] if errors else f'exit code {probe.returncode}'}): it needs a Vulkan driver, a GPU's or lavapipe of Mesa 25 "
+        f"SAPIEN cannot render here ({said}): it needs a Vulkan driver, a GPU's or lavapipe of Mesa 25 "
         "(docs/closed-loop.md)."
     )
 
