@@ -323,3 +323,9 @@ def test_one_model_is_built_to_check_the_weights_of_a_config_again_and_again(dec
     monkeypatch.undo()
     with pytest.raises(EvlaError, match="the model needs"):
         skeleton.check_fits(checkpoint.family, wider, checkpoint.weights, where)
+
+
+def test_tied_weights_of_a_skeleton_are_one(decoders):
+    checkpoint = open_checkpoint(decoders("qwen2"))
+    model = build_skeleton(checkpoint.family, checkpoint.config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

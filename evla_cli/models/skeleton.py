@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from evla_cli.checkpoint.tensors import LazyTensors, load_finite
 from evla_cli.errors import EvlaError
@@ -29,7 +28,7 @@ _OUT_OF_MEMORY = "CUDA error: out of memory|_STATUS_ALLOC_FAILED|can't allocate 
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
     """The model with parameters on the meta device (no memory) and the buffers that no checkpoint holds computed."""
-    with torch.device("meta"), no_init_weights():  # what has no memory needs no first values
+    with torch.device("meta"):
         model = family.build_model(family.build_config(config))
     drop_weights(model)  # those that were made elsewhere all the same (DiffLlama's lambdas, with random values)
     _compute_buffers(model)
@@ -53,10 +52,11 @@ def checked_skeleton(family: ModelFamily, config: dict[str, Any], weights: LazyT
 
 def check_fits(family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path) -> None:
     """The errors of `checked_skeleton`; no model is built where one was built from this config before."""
-    if (needs := _needs.get(_key(family, config))) is not None:
-        needs.check(weights, where)
-    else:
+    if (needs := _needs.get(_key(family, config))) is None:
         checked_skeleton(family, config, weights, where)
+    else:
+        check_not_quantized(config, weights, where)
+        needs.check(weights, where)
 
 
 @dataclass(frozen=True)
