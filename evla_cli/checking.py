@@ -7,12 +7,13 @@ layer of the model that the pruned config gives is compared with the layer that 
 it gives for the same input.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.errors import CheckFailed, EvlaError
@@ -51,12 +52,16 @@ def fit_packed_layers(checkpoint: Checkpoint, plan: PrunePlan, pruned: LazyTenso
     except Exception as error:  # transformers raises many kinds, all of them about the config
         text = " ".join(str(error).split())[:200]
         raise EvlaError(
-            f"{checkpoint.root}: without layers {_listed(plan.dropped_layers)} its config gives no model "
-            f"({type(error).__name__}: {text}). Drop other layers."
+            f"{checkpoint.root}: {_without(plan)} its config gives no model ({type(error).__name__}: {text})."
         ) from error
     stacks = [(family.decoder_layers, plan), *((family.towers[name].blocks, plan.vision[name]) for name in plan.vision)]
     for blocks, stack in stacks:
         _check_blocks(checkpoint, blocks, stack, source.get_submodule(blocks), model.get_submodule(blocks))
+    if _has_cache(source) and not _has_cache(model):
+        raise EvlaError(
+            f"{checkpoint.root}: {_without(plan)} no layer is left that transformers could keep a cache of: it would not "
+            "generate. Keep one attention layer."
+        )
     shapes = expected_shapes(model)
     if checkpoint.layout == "native":  # whose names are others; there nothing is packed
         fitting = prune_weights(checkpoint.weights, plan, family.decoder_layers, family.tower_prefixes)
@@ -88,23 +93,29 @@ def _check_blocks(checkpoint: Checkpoint, blocks: str, stack: StackPlan, source:
             f"{checkpoint.root}: the pruned config gives {len(pruned)} {blocks}, the plan keeps "
             f"{len(stack.keep_layers)}: layers of this model cannot be removed."
         )
+    are_read = any(getattr(module, _READS_THEM, False) for module in source.modules())
+    ignored = () if are_read else (_FOR_OTHERS,)
     for new, old in enumerate(stack.keep_layers):
-        difference = _difference(source[old], pruned[new], old, new, stack)
+        difference = _difference(source[old], pruned[new], old, new, stack, ignored)
         if difference is not None:
             raise EvlaError(
-                f"{checkpoint.root}: without layers {_listed(stack.dropped_layers)}, {blocks}.{old} would be built as "
-                f"another layer ({difference}), which its config cannot say. Drop others, of the same kinds."
+                f"{checkpoint.root}: {_without(stack)} {blocks}.{old} would be built as another layer ({difference}); "
+                "its config cannot say what it was. Drop other layers, if any leave the kinds of the rest as they are."
             )
 
 
-def _difference(source: nn.Module, pruned: nn.Module, old: int, new: int, stack: StackPlan) -> str | None:
-    """What tells the two modules apart but for the layer's number and the MLP's width; None where nothing does."""
+def _difference(
+    source: nn.Module, pruned: nn.Module, old: int, new: int, stack: StackPlan, ignored: Collection[str] = ()
+) -> str | None:
+    """What tells the two modules apart but for the layer's number, the MLP's width and `ignored` attributes; None where
+    nothing does."""
     width, kept_width = stack.intermediate_size, stack.kept_intermediate_size
 
     def same(before: Any, after: Any) -> bool:
         if isinstance(before, tuple) and isinstance(after, tuple):
             return len(before) == len(after) and all(map(same, before, after))
-        return before == after or (before, after) in ((old, new), (width, kept_width))
+        number = type(before) is int and type(after) is int  # bool is another thing
+        return before == after or (number and (before, after) in ((old, new), (width, kept_width)))
 
     found, wanted = dict(pruned.named_modules()), dict(source.named_modules())
     for path in sorted(found.keys() ^ wanted.keys()):
@@ -113,7 +124,7 @@ def _difference(source: nn.Module, pruned: nn.Module, old: int, new: int, stack:
         if type(module) is not type(found[path]):
             return f"{path} a {type(found[path]).__name__}, not a {type(module).__name__}"
         before, after = _facts(module), _facts(found[path])
-        for name in sorted(before.keys() | after.keys()):
+        for name in sorted((before.keys() | after.keys()) - set(ignored)):
             if not same(before.get(name), after.get(name)):
                 return f"{f'{path}.{name}'.lstrip('.')} {after.get(name)}, not {before.get(name)}"
     return None
@@ -122,21 +133,30 @@ def _difference(source: nn.Module, pruned: nn.Module, old: int, new: int, stack:
 def _facts(module: nn.Module) -> dict[str, Any]:
     """What a module says of itself: plain attributes and the shapes of its own weights."""
     facts: dict[str, Any] = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str) and name not in _FOR_OTHERS
+        name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)
     }
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         facts[name] = None if tensor is None else tuple(tensor.shape)
     return facts
 
 
-# What a layer keeps for others to read changes nothing that it gives; whoever reads it is seen by `check_values`.
-_FOR_OTHERS = ("store_full_length_kv",)
+# Gemma 4's last layers of a kind keep keys and values for others, and say so even where no other layer reads them.
+_FOR_OTHERS, _READS_THEM = "store_full_length_kv", "is_kv_shared_layer"
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _without(stack: StackPlan) -> str:
+    return (
+        f"without layers {', '.join(map(str, stack.dropped_layers))}" if stack.dropped_layers else "with narrower MLPs"
+    )
+
+
+def _has_cache(model: PreTrainedModel) -> bool:
+    """Whether transformers' cache for this model can tell how many tokens are in it, as `generate` asks it."""
+    try:
+        DynamicCache(config=model.config.get_text_config(decoder=True)).get_seq_length()
+    except Exception:  # of any kind, where a model has no attention layer
+        return False
+    return True
 
 
 # Values
@@ -227,7 +247,8 @@ def _compare(what: str, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> No
         if not difference <= TOLERANCE * largest:
             raise CheckFailed(
                 f"The pruned model is not the source without what was removed: {what} differs by {difference:.1e}, "
-                f"where the largest value is {largest:.1e}. Nothing was written; please report this kind of model."
+                f"where the largest value is {largest:.1e}. Nothing was written. Drop other layers; if all do this, "
+                "please report the kind of model."
             )
 
 
@@ -262,8 +283,8 @@ def _run(
     except Exception as error:  # whatever a model's own code may raise
         text = " ".join(str(error).split())[:200]
         raise CheckFailed(
-            f"{checkpoint.root}: the model cannot be run on a few tokens ({type(error).__name__}: {text}), so that "
-            "what is left of it cannot be checked; --no-check leaves that out."
+            f"{checkpoint.root}: transformers cannot run this model on a few tokens ({type(error).__name__}: {text}), "
+            "so that what is left of it cannot be checked. Nothing was written."
         ) from error
 
 

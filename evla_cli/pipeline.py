@@ -16,7 +16,7 @@ from evla_cli.calibration import combined_sha256, load_image, load_samples
 from evla_cli.checking import check_values, fit_packed_layers
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
-from evla_cli.checkpoint.outputs import check_space, new_directory, new_file
+from evla_cli.checkpoint.outputs import check_apart, check_space, new_directory, new_file
 from evla_cli.checkpoint.reader import CheckpointReader
 from evla_cli.checkpoint.safetensors_format import read_safetensors, write_safetensors
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, load_finite, total_bytes, total_elements
@@ -241,6 +241,9 @@ def analyze_to_file(
     options |= {"with_action_head": figures is not None, "channel_rms": channel_rms, "ranks": ranks}
     if not ranks.first:
         return analyze(source, data, **options)
+    _check_not_input(output, source, data)
+    if figures is not None:
+        check_apart(figures, source)
     with ExitStack() as outputs:  # the importance file is the last to take its place: it holds the other's hash
         staging = outputs.enter_context(new_file(output, overwrite))
         if channel_rms is not None:
@@ -256,6 +259,14 @@ def analyze_to_file(
     if figures is not None:
         draw_importance(result, figures)
     return result
+
+
+def _check_not_input(output: Path, source: Path, data: Path) -> None:
+    """Errors: writing `output` would replace a file that is read, which an importance file among them is not."""
+    for read in (source, data):
+        inside = output.resolve().is_relative_to(read.resolve())
+        if inside and output.is_file() and not output.read_bytes()[:200].lstrip().startswith(b'{\n  "schema_version"'):
+            raise EvlaError(f"{output} is a file of {read}, which is read; choose another output.")
 
 
 @dataclass(frozen=True)

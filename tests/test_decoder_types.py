@@ -1,5 +1,6 @@
 """Every plain decoder of transformers, small: what evla writes of it is right, or it is refused in one line."""
 
+import json
 from pathlib import Path
 
 import decoder_types
@@ -10,10 +11,12 @@ from decoder_types import causal_types, difference, evla, make_checkpoint, outco
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from evla_cli import checking
 from evla_cli.calibration import load_samples
 from evla_cli.families import open_checkpoint
 from evla_cli.families.layer_entries import layer_entries, of_kept_layers
 from evla_cli.models.streaming import DecoderStream
+from evla_cli.plan import StackPlan
 
 # Of transformers 5.23: whose layers can be dropped and whose MLPs can be narrowed; whose layers can be dropped.
 BOTH = """
@@ -85,6 +88,53 @@ def test_only_the_last_layer_of_its_kind_can_be_asked_for(tmp_path: Path):
     assert error is not None
     assert "model.layers.6 would be built as another layer" in error
     assert not (tmp_path / "pruned").exists()
+
+
+def test_an_attention_layer_stays(tmp_path: Path):
+    """Without one, transformers could not say how many tokens its cache holds: `generate` would fail."""
+    source = make_checkpoint(tmp_path / "source", "bamba")
+    error = evla("prune", source, tmp_path / "pruned", "--drop-layer-ids", "2,5")
+    assert error is not None
+    assert "Keep one attention layer" in error
+
+
+def test_the_layer_whose_keys_others_read_stays(tmp_path: Path):
+    sizes = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 256, "num_kv_shared_layers": 2}
+    kinds = ["sliding_attention", "full_attention"] * 4
+    source = make_checkpoint(tmp_path / "source", "gemma4_text", layer_types=kinds, **sizes)
+    options = ("--drop-layer-ids", "4", "--no-check")
+    error = evla("prune", source, tmp_path / "pruned", *options)
+    assert error is not None
+    assert "would be built as another layer" in error
+
+
+@pytest.mark.parametrize("entry", [{"return_dict": False}, {"attn_implementation": "flash_attention_2"}])
+def test_how_somebody_runs_the_model_is_no_part_of_it(entry: dict[str, object], tmp_path: Path):
+    source = make_checkpoint(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | entry))
+    assert evla("prune", source, tmp_path / "pruned", "--drop-layer-ids", "1") is None
+
+
+def test_a_switch_is_no_number(tmp_path: Path):
+    """Layer 1 that becomes layer 0 may have a number that changes with it, but no True that becomes False."""
+    before, after = torch.nn.Identity(), torch.nn.Identity()
+    before.layer_idx, after.layer_idx = 1, 0
+    assert checking._difference(before, after, 1, 0, StackPlan(2, 8, (1,))) is None
+    before.is_causal, after.is_causal = True, False
+    assert checking._difference(before, after, 1, 0, StackPlan(2, 8, (1,))) == "is_causal False, not True"
+
+
+@pytest.mark.parametrize("read", ["source/config.json", "texts.jsonl"])
+def test_analyze_replaces_nothing_that_it_reads(read: str, tmp_path: Path):
+    source = make_checkpoint(tmp_path / "source", "llama")
+    pico.write_text_samples(tmp_path / "texts.jsonl")
+    before = (tmp_path / read).read_bytes()
+    options = ("--samples", tmp_path / "texts.jsonl", "-o", tmp_path / read, "--overwrite")
+    error = evla("analyze", source, *options)
+    assert error is not None
+    assert "which is read; choose another output" in error
+    assert (tmp_path / read).read_bytes() == before
 
 
 def test_a_first_layer_without_a_norm_stays_first(tmp_path: Path):
@@ -164,6 +214,9 @@ def test_entries_about_layers_follow_them(key: str, value: object, kept: object)
     ("key", "value"),
     [
         ("architectures", ["A", "B", "C", "D"]),
+        ("languages", ["en", "de", "fr", "it"]),
+        ("time_step_limit", [0.0, 1.0, 2.0, 3.0]),
+        ("ssm_multipliers", [0.5, 1.0, 2.0, 3.0]),
         ("eos_token_id", [1, 2, 3, 4]),
         ("id2label", {"0": "a", "1": "b"}),
         ("rope_parameters", {"rope_theta": 10000.0}),

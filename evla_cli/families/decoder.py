@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
     from evla_cli.calibration import Sample
 
+# Entries that say how somebody runs the model, not what it computes.
+_OF_THE_CALLER = (
+    *("attn_implementation", "_attn_implementation", "return_dict", "use_return_dict"),
+    *("output_attentions", "output_hidden_states"),
+)
 _MAX_TOKENS = 2048  # of a text sample; what follows is left out
 
 
@@ -50,7 +55,8 @@ def _load_config(path: Path, raw: dict[str, Any]) -> "PretrainedConfig | None":
 def _build_config(config: dict[str, Any]) -> "PretrainedConfig":
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[config["model_type"]].from_dict(_with_plain_floats(config))
+    ours = {key: value for key, value in config.items() if key not in _OF_THE_CALLER}
+    return CONFIG_MAPPING[config["model_type"]].from_dict(_with_plain_floats(ours))
 
 
 def _with_plain_floats(value: Any) -> Any:

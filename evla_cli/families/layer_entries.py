@@ -1,8 +1,8 @@
 """Entries of a decoder's config that say something of single layers, and what they are once layers are gone.
 
 Models write them in three forms: a list with one value a layer (`layer_types`), a list of layer numbers
-(`attn_layer_indices`), and a mapping from layer number to settings (`per_layer_config`). They are known by their form,
-not by a table of names, so that the next model's are found, too; whether the pruned model is what it should be is
+(`attn_layer_indices`), and a mapping from layer number to settings (`per_layer_config`). They are known by their form
+and a word in their name, so that the next model's are found, too; whether the pruned model is what it should be is
 checked before anything is written (`evla_cli.checking`).
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-# These have the form at times, and mean something else: the names of classes, labels, and tokens.
-_NOT_LAYERS = re.compile(r"architectures|id2label|label2id|.*token_ids?|.*_ids|.*_tokens?|.*_plan|auto_map")
-_NUMBERS = re.compile(r"layer|idx|idxs|indices|index")
+# A form alone would also fit languages, labels, or multipliers of which there are as many as layers by chance.
+_NAMES = re.compile(r"layer|block|pattern|types$|sparsity|window|heads|intermediate|rope")
+_NUMBERS = re.compile(r"layer|idx|indices|index")
 
 
 def layer_entries(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
@@ -40,18 +40,18 @@ def of_kept_layers(config: dict[str, Any], num_layers: int, keep_layers: Sequenc
 
 def _form(key: str, value: Any, num_layers: int) -> str | None:
     """Which form of such an entry this is: "values", "numbers" or "mapping"; None where it is none."""
-    if _NOT_LAYERS.fullmatch(key) or not value:
+    if not value:
         return None
     if isinstance(value, dict):
-        return "mapping" if all(_is_layer(layer, num_layers) for layer in value) else None
+        return "mapping" if "layer" in key and all(_is_layer(layer, num_layers) for layer in value) else None
     if not isinstance(value, list | tuple):
         return None
     if _NUMBERS.search(key) and all(type(n) is int and 0 <= n < num_layers for n in value):
         ascending = all(a < b for a, b in pairwise(value))
-        # Two layers and [0, 1]: numbers of layers, or a switch for each? With more, a switch repeats itself.
-        if ascending and (len(value) != num_layers or num_layers > 2):
+        # Of two layers, [0, 1] may be their numbers or a switch for each; of more, a switch would repeat itself.
+        if ascending and (len(value) != num_layers or num_layers > 2 or not key.startswith("no_")):
             return "numbers"
-    return "values" if len(value) == num_layers else None
+    return "values" if len(value) == num_layers and _NAMES.search(key) else None
 
 
 def _is_layer(key: Any, num_layers: int) -> bool:
