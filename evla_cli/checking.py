@@ -59,8 +59,8 @@ def fit_packed_layers(checkpoint: Checkpoint, plan: PrunePlan, pruned: LazyTenso
         _check_blocks(checkpoint, blocks, stack, source.get_submodule(blocks), model.get_submodule(blocks))
     if _has_cache(source) and not _has_cache(model):
         raise EvlaError(
-            f"{checkpoint.root}: {_without(plan)} no layer is left that transformers could keep a cache of: it would not "
-            "generate. Keep one attention layer."
+            f"{checkpoint.root}: {_without(plan)} no layer is left that transformers could keep a cache of: it would "
+            "not generate. Keep one attention layer."
         )
     shapes = expected_shapes(model)
     if checkpoint.layout == "native":  # whose names are others; there nothing is packed
