@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from environments import lerobot, libero, simpler, sources
-from environments.building import Environment, Failed, Missing, install
+from environments.building import Environment, Failed, Missing, install, read_versions, write_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,8 +137,10 @@ def prepare(environment: Environment, target: Target, report: Report) -> None:
     """Installs evla as its users do, then what its tests need without moving anything."""
     stamp = environment.folder / "before-evla.txt"
     if not stamp.exists():
-        stamp.write_text("".join(f"{name}=={version}\n" for name, version in environment.packages().items()))
-    before = dict(line.split("==", 1) for line in stamp.read_text().splitlines())
+        write_versions(stamp, environment.packages())
+    # What a new environment has, pip and perhaps setuptools, and has still, the other side did not ask for.
+    new = read_versions(environment.folder / "new.txt")
+    before = {name: version for name, version in read_versions(stamp).items() if new.get(name) != version}
     environment.pip("install", "--editable", ROOT, failure="pip install evla failed")
     after = environment.packages()
     replaced = [
@@ -157,7 +159,7 @@ def prepare(environment: Environment, target: Target, report: Report) -> None:
         report.rows["pip check"] = "failed"
         report.failed.append(str(failed))
     constraint = environment.folder / "with-evla.txt"
-    constraint.write_text("".join(f"{name}=={version}\n" for name, version in after.items() if name != "evla"))
+    write_versions(constraint, {name: version for name, version in after.items() if name != "evla"})
     install(environment, "--constraint", constraint, *TOOLS)
 
 
