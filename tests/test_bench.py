@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -309,7 +310,7 @@ def test_sizes_and_operations_of_the_report(report, half_bundle, cogact_run):
 def test_the_report_says_where_and_how(report):
     environment, protocol = report["environment"], report["protocol"]
     assert (environment["device"], environment["threads"]) == ("cpu", 1)
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == version("torch")
     assert set(environment["versions"]) == {"evla", "python", "numpy", "torch", "transformers", "cuda"}
     said = (protocol["batch_size"], protocol["runs"], protocol["warmup"], protocol["seed"], protocol["loaded"])
     assert said == (2, 4, 1, 3, "together")
