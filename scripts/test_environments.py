@@ -3,7 +3,7 @@
     python scripts/test_environments.py --simpler DIR      # all three
     python scripts/test_environments.py --only libero
 
-Builds each environment from its packages (lerobot's is 8 GB, the others 2 to 3), installs evla into it, and runs what
+Builds each environment from its packages (6 to 8 GB each, most of it torch for CUDA), installs evla into it, and runs what
 must hold there: no package of the other side is replaced, `pip check`, the demo is compressed and predicts what it
 predicts elsewhere, evla's own tests where versions differ, and tests with the other side in the same process.
 
