@@ -3,12 +3,13 @@
     python scripts/test_environments.py --simpler DIR      # all three
     python scripts/test_environments.py --only libero
 
-Builds each environment from its packages (6 to 8 GB each, most of it torch for CUDA), installs evla into it, and runs what
-must hold there: no package of the other side is replaced, `pip check`, the demo is compressed and predicts what it
+Builds each environment from its packages (6 to 8 GB each, most of it torch for CUDA), installs evla into it, and runs
+what must hold there: no package of the other side is replaced, `pip check`, the demo is compressed and predicts what it
 predicts elsewhere, evla's own tests where versions differ, and tests with the other side in the same process.
 
 Needs Python 3.11 and 3.12, a package index, libosmesa6 (LIBERO), and SIMPLER's sources, which are not fetched. What is
-missing is listed at the end. What was built is gone on with the next time; nothing outside the work folder is written.
+missing is listed at the end. What was built is gone on with the next time; nothing outside the work folder is written
+but evla.egg-info of the checkout, and what pip caches.
 """
 
 import argparse
