@@ -76,7 +76,7 @@ $(OVERLAYS)/%/.ready: constraints/%.txt $(STAMP)
 test-slow: $(STAMP)  ## Full-size checkpoints, closed-loop evaluation (tens of minutes)
 	$(BIN)/python -m pytest -m slow
 
-test-environments:  ## Beside lerobot, LIBERO and SIMPLER, whose sources are in SIMPLER=DIR (15 GB, an hour)
+test-environments:  ## Beside lerobot, LIBERO and SIMPLER, whose sources are in SIMPLER=DIR (20 GB, half an hour)
 	$(PYTHON) scripts/test_environments.py $(if $(SIMPLER),--simpler '$(SIMPLER)')
 
 fuzz: $(STAMP)  ## Damaged input files by the ten thousand (minutes); a few hundred are in `make test`

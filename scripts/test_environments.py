@@ -3,12 +3,13 @@
     python scripts/test_environments.py --simpler DIR      # all three
     python scripts/test_environments.py --only libero
 
-Builds each environment from its packages (lerobot's is 8 GB, the others 2 to 3), installs evla into it, and runs what
-must hold there: no package of the other side is replaced, `pip check`, the demo is compressed and predicts what it
+Builds each environment from its packages (6 to 8 GB each, most of it torch for CUDA), installs evla into it, and runs
+what must hold there: no package of the other side is replaced, `pip check`, the demo is compressed and predicts what it
 predicts elsewhere, evla's own tests where versions differ, and tests with the other side in the same process.
 
 Needs Python 3.11 and 3.12, a package index, libosmesa6 (LIBERO), and SIMPLER's sources, which are not fetched. What is
-missing is listed at the end. What was built is gone on with the next time; nothing outside the work folder is written.
+missing is listed at the end. What was built is gone on with the next time; nothing outside the work folder is written
+but evla.egg-info of the checkout, and what pip caches.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from environments import lerobot, libero, simpler, sources
-from environments.building import Environment, Failed, Missing, install
+from environments.building import Environment, Failed, Missing, install, read_versions, write_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,8 +138,10 @@ def prepare(environment: Environment, target: Target, report: Report) -> None:
     """Installs evla as its users do, then what its tests need without moving anything."""
     stamp = environment.folder / "before-evla.txt"
     if not stamp.exists():
-        stamp.write_text("".join(f"{name}=={version}\n" for name, version in environment.packages().items()))
-    before = dict(line.split("==", 1) for line in stamp.read_text().splitlines())
+        write_versions(stamp, environment.packages())
+    # What a new environment has, pip and perhaps setuptools, and has still, the other side did not ask for.
+    new = read_versions(environment.folder / "new.txt")
+    before = {name: version for name, version in read_versions(stamp).items() if new.get(name) != version}
     environment.pip("install", "--editable", ROOT, failure="pip install evla failed")
     after = environment.packages()
     replaced = [
@@ -157,7 +160,7 @@ def prepare(environment: Environment, target: Target, report: Report) -> None:
         report.rows["pip check"] = "failed"
         report.failed.append(str(failed))
     constraint = environment.folder / "with-evla.txt"
-    constraint.write_text("".join(f"{name}=={version}\n" for name, version in after.items() if name != "evla"))
+    write_versions(constraint, {name: version for name, version in after.items() if name != "evla"})
     install(environment, "--constraint", constraint, *TOOLS)
 
 

@@ -123,7 +123,9 @@ def create(folder: Path, versions: Sequence[tuple[int, int]]) -> Environment:
     if not _works(environment.python, versions):
         python = find_python(versions)
         shutil.rmtree(folder / "venv", ignore_errors=True)
+        (folder / "installed.json").unlink(missing_ok=True)
         run([python, "-m", "venv", folder / "venv"], environment.log, f"{python} makes no virtual environment")
+        write_versions(folder / "new.txt", environment.packages())
     return environment
 
 
@@ -147,6 +149,15 @@ def _works(python: Path, versions: Sequence[tuple[int, int]]) -> bool:
     except OSError:
         return False
     return result.returncode == 0 and tuple(map(int, result.stdout.split())) in versions
+
+
+def write_versions(file: Path, packages: Mapping[str, str]) -> None:
+    """Also a constraint for pip."""
+    file.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()))
+
+
+def read_versions(file: Path) -> dict[str, str]:
+    return dict(line.split("==", 1) for line in file.read_text().splitlines())
 
 
 def install(environment: Environment, *arguments: str | Path) -> None:
