@@ -63,6 +63,7 @@ def test_it_changes_nothing_else(decoders, text_samples, importance):
     assert plain.layers == pipeline.LayerImportance.load(importance).layers
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(quick_python, decoders, text_samples, tmp_path):
     files = []
     for size in (1, 2):

@@ -117,6 +117,7 @@ def test_stages_fill_the_whole(policy, settings):
     assert [dict(module._forward_hooks) for module in policy.model.modules()] == hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "stage"),
     [("projector", "vision"), ("language_model.model.layers.3", TOKEN_SELECTION), ("action_head", "action_head")],
@@ -320,6 +321,7 @@ def test_the_report_says_where_and_how(report):
     assert said == (2, 4, 1, 3, "together")
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit_together_are_loaded_in_turn(cogact_run, bundle, image_samples):
     options = ("--baseline", "none", "--runs", 4, "--warmup", 0, "--memory-budget", "1KB", "--samples", image_samples)
     text = evla("bench", bundle, cogact_run, *options, "--dtype", "bfloat16")
@@ -366,6 +368,7 @@ def test_labels_tell_candidates_apart(cogact_run, bundle, tmp_path):
     assert labels == [str(cogact_run), str(bundle), f"{cogact_run} (2)"]
 
 
+@pytest.mark.slow
 def test_a_list_of_candidates_is_run_under_the_names_and_settings_in_it(cogact_run, bundle, tmp_path):
     """The same file as `evla eval` takes, so that both call a row the same; paths are relative to the list."""
     file, fastv = tmp_path / "list.yaml", tmp_path / "fastv.yaml"

@@ -159,6 +159,7 @@ def test_fewer_samples_are_the_first(cogact_run, image_samples, importance, tmp_
     assert two["checkpoint_sha256"] == importance["checkpoint_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cogact", "decoder"])
 def test_figures(name, cogact_run, image_samples, decoders, text_samples, tmp_path):
     pytest.importorskip("matplotlib")
@@ -338,6 +339,7 @@ def plain(cogact_run, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "neutral"),
     [

@@ -105,6 +105,7 @@ def test_predictions_far_apart_in_known_ways():
     assert without_gripper.to_record()["gripper_flips"] is None
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report(cogact_run, compressed, image_samples, report):
     options = ("compare", cogact_run, compressed, "--samples", image_samples, "--batch-size", 2)
     assert evla_json(*options, "--seed", 3) == report
@@ -132,6 +133,7 @@ def test_a_checkpoint_against_itself(cogact_run, image_samples):
     assert found["cache"] is None
 
 
+@pytest.mark.slow
 def test_a_single_sample_has_no_interval(cogact_run, compressed, image_samples):
     options = ("compare", cogact_run, compressed, "--samples", image_samples, "--num-samples", 1)
     found = evla_json(*options)["measures"]["all"]
@@ -201,6 +203,7 @@ def test_tokens_leave_the_source_after_the_same_layer(cogact_run, compressed):
     assert (cache.action_cache.interval, cache.visual_tokens.num_keep) == (4, None)
 
 
+@pytest.mark.slow
 def test_settings_of_a_fit_the_fewer_layers_of_b(cogact_run, compressed, image_samples, tmp_path):
     """A's tokens leave before layer 5 of 6; B has four layers."""
     late = pipeline.settings_with(None, visual_tokens={"num_keep": 7, "prune_layer": 5}, action_cache={"interval": 1})

@@ -99,6 +99,7 @@ def test_result_counts_the_log(listed, whole):
     assert text.count("\nother noise ") == 2
 
 
+@pytest.mark.slow
 def test_more_episodes_tasks_and_candidates_are_added(listed, whole, cogact_run, tmp_path):
     log, first = tmp_path / "log.jsonl", tmp_path / "first.yaml"
     candidates = yaml.safe_load(listed.read_text())
@@ -291,6 +292,7 @@ def test_metaworlds_opposites_are_each_others():
 # Videos
 
 
+@pytest.mark.slow
 def test_videos_show_the_chosen_episodes_and_change_nothing(listed, whole, tmp_path):
     log, folder = tmp_path / "log.jsonl", tmp_path / "videos"
     options = ("--video", folder, "--video-episodes", "1")

@@ -219,7 +219,7 @@ def test_a_few_random_instants(scene):
     kill_at_random(scene, 2)
 
 
-@scenes(2048, ["prune, overwriting without an exchange", "export"])
+@scenes(2048, ["prune, overwriting without an exchange"])
 def test_some_steps(scene):
     """Where directories change is where being killed could hurt most."""
     for step in range(random.Random(0).randrange(7), 1000, 7):

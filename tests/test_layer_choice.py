@@ -415,6 +415,7 @@ def test_named_layers_go_and_protected_ones_stay(cogact_run, image_samples, tmp_
         choose(cogact_run, image_samples, out, method, objective, drop_ids=[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "objective"), RUN_METHODS)
 def test_a_layer_that_overflows_aborts(cogact_run, image_samples, tmp_path, method, objective):
     run = shutil.copytree(cogact_run, tmp_path / "run")
@@ -520,6 +521,7 @@ def test_commands(cogact_run, image_samples, text_samples, decoders, tmp_path):
     assert not other.exists()
 
 
+@pytest.mark.slow
 def test_with_refit_only_held_out_samples_judge(cogact_run, image_samples, tmp_path):
     from evla_cli.refitting import RefitOptions
 

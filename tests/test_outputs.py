@@ -32,6 +32,7 @@ export: {settings: {visual_tokens: {num_keep: 8}}}
 """
 RUN = ("run", "recipe.yaml", "--quiet")
 COMMANDS = {"prune": PRUNE, "export": EXPORT, "analyze": ANALYZE, "run": RUN}
+QUICK_SIGNALS = [("prune", signal.SIGINT), ("run", signal.SIGTERM), ("analyze", signal.SIGTERM)]
 
 
 @pytest.fixture
@@ -81,8 +82,14 @@ def stopped(work: Path, command: tuple[str, ...], number: int, before_that: Any,
     return seconds
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        pytest.param(command, number, marks=() if (command, number) in QUICK_SIGNALS else pytest.mark.slow)
+        for command in COMMANDS
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ],
+)
 def test_a_signal_stops_at_once_and_leaves_nothing(work, command, number):
     halt = Halt(once="**/.*.lock")
     stopped(work, COMMANDS[command], number, halt, halt.reached)
@@ -98,6 +105,7 @@ def test_a_signal_stops_what_does_not_listen(work, obstacle):
     assert seconds > GRACE_SECONDS
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_cut_the_clearing_short(work):
     before = snapshot(work)
     halt = Halt(once=".out.partial")
@@ -280,6 +288,7 @@ def test_a_disk_that_fills_up_meanwhile(work, small_disk, command):
     assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["prune", "export", "run"])
 def test_no_file_may_grow_so_large(work, command):
     """The nearest to a full disk that needs no root; a recipe's finished analysis stays."""
@@ -369,6 +378,7 @@ def test_a_source_that_is_cut_short_meanwhile(work, command):
     assert {path.name for path in work.iterdir()} == {"run", "samples", "recipe.yaml"}
 
 
+@pytest.mark.slow
 def test_symlinked_shards(work):
     """As the Hugging Face hub's cache stores them."""
     done(work, *EXPORT)

@@ -158,6 +158,7 @@ cli(["exchange"])
 """
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_dead_rank_says_so(quick_python, tmp_path):
     """All but the dead one wait for it; the first alone speaks."""
     (tmp_path / "script.py").write_text(SCRIPT)

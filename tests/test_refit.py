@@ -339,6 +339,7 @@ def test_few_frames_do_not_make_the_demos_actions_worse(frames, tmp_path):
     assert errors["refit"] < errors["plain"], errors
 
 
+@pytest.mark.slow
 def test_frames_that_say_nothing_change_nothing(tmp_path):
     """Four pictures of noise, and a camera frame that judges: where refit does not bring its cognition token nearer,
     every weight stays, though each layer's own fit brought all its positions nearer."""

@@ -153,6 +153,7 @@ def test_the_page_says_where_it_comes_from(whole, made, cogact_run):
     assert "is not what the bundle was made from" not in page.text
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bytes_wherever_it_writes(made, cogact_run, image_samples, tmp_path):
     named = ("--dense", cogact_run, "--samples", image_samples, "--sample", 0, "--runs", 0)
     for name in ("a", "b"):
@@ -243,6 +244,7 @@ def test_speed_and_success_meet_by_name(whole, timed):
     assert [row["name"] for row in stages] == ["dense", "compressed", "random, 5 tokens"]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_belong_together_are_left_out(made, timed, tmp_path):
     """Other settings, no episodes, not timed. A baseline is no candidate, a line without its end no episode."""
     bench, log = json.loads(timed[0].read_text()), timed[1].read_text().splitlines()
@@ -266,6 +268,7 @@ def test_rows_that_do_not_belong_together_are_left_out(made, timed, tmp_path):
     assert all(each in text for each in found["left_out"])
 
 
+@pytest.mark.slow
 def test_success_is_compared_where_tasks_have_the_same_shares(made, timed, tmp_path):
     """A candidate in the middle of its tasks is left out; twice the episodes are paired where both have them."""
     lines = timed[1].read_text().splitlines()
@@ -321,6 +324,7 @@ def test_without_samples_and_runs_no_model_is_loaded(made, tmp_path, monkeypatch
     assert "latency_ms" not in rows[0]
 
 
+@pytest.mark.slow
 def test_a_bundle_alone_knows_its_layers_from_the_plan(made, importance_file, tmp_path):
     evla("report", made / "bundle", "--runs", 0, "-o", tmp_path / "report")
     found = numbers(tmp_path / "report", "layers")

@@ -69,6 +69,7 @@ def test_outputs_stand_where_the_documentation_says(done):
     assert set(state["stages"]) == {"analyze", "prune", "export"}
 
 
+@pytest.mark.slow
 def test_changed_export_option_exports_again(done):
     done.recipe["export"]["settings"]["visual_tokens"]["num_keep"] = 12
     assert done.run() == ["export"]
@@ -79,17 +80,20 @@ def test_changed_prune_option_prunes_and_exports_again(done):
     assert done.run() == ["prune", "export"]
 
 
+@pytest.mark.slow
 def test_changed_samples_analyze_again(done):
     """The ranking changes with them, and so does what follows."""
     Image.new("RGB", (80, 60), (200, 30, 30)).save(done.path.parent / "samples/0.png")
     assert done.run()[0] == "analyze"
 
 
+@pytest.mark.slow
 def test_changed_analysis_option_analyzes_again(done):
     done.recipe["analyze"]["num_samples"] = 3
     assert done.run()[0] == "analyze"
 
 
+@pytest.mark.slow
 def test_changed_statistics_reach_the_bundle(done):
     file = done.path.parent / "run/dataset_statistics.json"
     file.write_text(file.read_text().replace("-3.0", "-2.5"))

@@ -353,6 +353,7 @@ class TestRefit:
             assert rms[1] < rms[0]
             at += width
 
+    @pytest.mark.slow
     def test_a_tower_that_refit_moves_away_stays_as_it_was(self, run, importance, image_samples, tmp_path, monkeypatch):
         """Blocks that each come nearer can still end farther off; here the last one is made to."""
         final_rms = vision_refitting._Student.final_rms
@@ -423,6 +424,7 @@ class TestRefit:
         entries = [entry for blocks in report.values() for entry in blocks.values()]
         assert all(entry["held_out_rms"][1] <= entry["held_out_rms"][0] for entry in entries)
 
+    @pytest.mark.slow
     def test_where_refit_of_the_decoder_does_not_help_that_of_the_towers_stays(
         self, cogact_run, image_samples, tmp_path
     ):
@@ -440,6 +442,7 @@ class TestRefit:
         changed = {key for key in ours if not torch.equal(ours[key].load(), plain[key].load())}
         assert {key.partition(".")[0] for key in changed} == {"dino", "siglip"}
 
+    @pytest.mark.slow
     def test_dimensions_that_layer_scale_cuts_off_stay(self, run, image_samples, tmp_path):
         source = shutil.copytree(run, tmp_path / "run")
         file = source / "checkpoints/pico.pt"
@@ -565,6 +568,7 @@ class TestCommands:
         assert entries
         assert all((each.this, each.other) == (64, 64) and each.num_differing for each in entries)
 
+    @pytest.mark.slow
     def test_a_recipe(self, run, image_samples, tmp_path):
         recipe = {
             "schema_version": 1,
