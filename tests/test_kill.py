@@ -222,7 +222,7 @@ def test_a_few_random_instants(scene):
 @scenes(2048, ["prune, overwriting without an exchange"])
 def test_some_steps(scene):
     """Where directories change is where being killed could hurt most."""
-    for step in range(random.Random(0).randrange(7), 1000, 7):
+    for step in range(random.Random(0).randrange(12), 1000, 12):
         if not scene.kill_at_step(step):
             break
 

@@ -336,13 +336,13 @@ def test_a_bundle_alone_knows_its_layers_from_the_plan(made, importance_file, tm
 @pytest.mark.parametrize(
     ("tokens", "reasons"),
     [
-        ({"method": "fastv", "num_keep": 5}, {"attended": 5}),
+        pytest.param({"method": "fastv", "num_keep": 5}, {"attended": 5}, marks=pytest.mark.slow),
         pytest.param({"method": "random", "num_keep": 5}, {"random": 5}, marks=pytest.mark.slow),
         pytest.param(
             {"num_keep": 9, "diversity": "greedy"}, {"key": 4, "task": 2, "diverse": 3}, marks=pytest.mark.slow
         ),
         ({"num_keep": None}, "keeps all of its 16 visual tokens"),
-        ({"method": "vla_cache"}, "depends on the frame before"),
+        pytest.param({"method": "vla_cache"}, "depends on the frame before", marks=pytest.mark.slow),
     ],
 )
 def test_every_method_is_drawn_by_its_reasons_or_says_why_not(tokens, reasons, cogact_run, image_samples, tmp_path):

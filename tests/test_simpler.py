@@ -127,7 +127,7 @@ def test_axis_angle_is_scipys(angles):
         assert found == pytest.approx(rotation.as_rotvec(), rel=1e-9)
 
 
-@pytest.mark.parametrize("setup", ["google_robot", "widowx_bridge"])
+@pytest.mark.parametrize("setup", [pytest.param("google_robot", marks=pytest.mark.slow), "widowx_bridge"])
 def test_steps_are_predictions_through_ensemble_and_gripper(setup, robot_policy, robot_run):
     """Against the policy itself, the loops above and scipy's rotations; another image each step."""
     robot, scale = ROBOT_SETUPS[setup], 0.7
