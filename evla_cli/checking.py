@@ -272,11 +272,13 @@ def _run(
     load = _Loader(model, checkpoint.weights, silent)
     try:
         with (
-            checkpoint.reader.reading_again(),
+            checkpoint.reader.reading_again() as in_order,
             loading_on_first_use(model, load, [*blocks.values()]),
             _watched(blocks, watcher, on_block),
             NothingOnMeta(),
         ):
+            # What runs before the decoder may stand anywhere in the files.
+            blocks[f"{checkpoint.family.decoder_layers}.0"].register_forward_pre_hook(lambda *_: in_order())
             return checkpoint.family.try_out(model)
     except EvlaError:
         raise

@@ -1,7 +1,7 @@
 """All tensors of a checkpoint behind one view, whatever files they stand in. Nothing is read before it is used."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,12 +78,14 @@ class CheckpointReader:
             _ = self.read_ahead
 
     @contextmanager
-    def reading_again(self) -> Iterator[None]:
-        """As `start_reading`, inside the block, for files that were read before; known hashes are not made again."""
+    def reading_again(self) -> Iterator[Callable[[], None]]:
+        """As `start_reading`, inside the block, for files that were read before; known hashes are not made again.
+
+        Gives what is to be called once tensors are used in about the order in which they stand in the files.
+        """
         ahead = self._reading_ahead(self._known())
-        ahead.follow(self._mapped_files())
         try:
-            yield
+            yield lambda: ahead.follow(self._mapped_files())
         finally:
             ahead.stop()
 
