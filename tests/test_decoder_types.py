@@ -22,11 +22,12 @@ from evla_cli.plan import StackPlan
 BOTH = """
     cohere cohere2 cwm doge ernie4_5 exaone4 gemma gemma2 gemma3_text gemma4_text gemma4_unified_text granite
     granite_swa helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama ministral ministral3 mistral
-    olmo olmo2 olmo3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm vaultgemma
+    olmo olmo2 olmo3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 stablelm vaultgemma youtu
 """
 LAYERS = """
     apertus arcee bamba bitnet falcon_h1 glm glm4 gpt_oss granitemoe_swa inkling_text jais2 jetmoe lfm2
     llama4_text minimax_m3_vl_text modernbert-decoder moshi nanochat nemotron persimmon phi phi3 starcoder2
+    zamba
 """
 
 
