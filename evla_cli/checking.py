@@ -107,8 +107,8 @@ def _check_blocks(checkpoint: Checkpoint, blocks: str, stack: StackPlan, source:
 def _difference(
     source: nn.Module, pruned: nn.Module, old: int, new: int, stack: StackPlan, ignored: Collection[str] = ()
 ) -> str | None:
-    """What tells the two modules apart but for the layer's number, the MLP's width and `ignored` attributes; None where
-    nothing does."""
+    """First difference of two modules, but for the layer's number, the MLP's width and `ignored` attributes; None where
+    there is none."""
     width, kept_width = stack.intermediate_size, stack.kept_intermediate_size
 
     def same(before: Any, after: Any) -> bool:
@@ -131,7 +131,7 @@ def _difference(
 
 
 def _facts(module: nn.Module) -> dict[str, Any]:
-    """What a module says of itself: plain attributes and the shapes of its own weights."""
+    """Plain attributes of a module and the shapes of its own weights."""
     facts: dict[str, Any] = {
         name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)
     }
@@ -184,7 +184,7 @@ def check_values(source: Checkpoint, output: Checkpoint, plan: PrunePlan) -> Non
 
 
 class _Dense:
-    """What goes into and comes out of every block of the source; removed ones hand on what they are given."""
+    """Inputs and outputs of every block of the source; removed ones hand on what they are given."""
 
     def __init__(self, stacks: Mapping[str, StackPlan]):
         self.names = {f"{blocks}.{n}" for blocks, stack in stacks.items() for n in range(stack.num_layers)}
@@ -258,7 +258,7 @@ def _run(
     silent: Mapping[str, tuple[int, ...]],
     on_block: Callable[[], Any],
 ) -> tuple[Tensor, ...]:
-    """What the model puts out for a few made-up inputs, in float32.
+    """Output of the model for a few made-up inputs, in float32.
 
     Args:
         silent: weight -> its columns that count as zero.
