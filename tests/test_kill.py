@@ -219,6 +219,7 @@ def test_a_few_random_instants(scene):
     kill_at_random(scene, 2)
 
 
+@pytest.mark.slow
 @scenes(2048, ["prune, overwriting without an exchange"])
 def test_some_steps(scene):
     """Where directories change is where being killed could hurt most."""

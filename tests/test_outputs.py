@@ -32,7 +32,7 @@ export: {settings: {visual_tokens: {num_keep: 8}}}
 """
 RUN = ("run", "recipe.yaml", "--quiet")
 COMMANDS = {"prune": PRUNE, "export": EXPORT, "analyze": ANALYZE, "run": RUN}
-QUICK_SIGNALS = [("prune", signal.SIGINT), ("run", signal.SIGTERM), ("analyze", signal.SIGTERM)]
+QUICK_SIGNALS = [("prune", signal.SIGINT), ("run", signal.SIGTERM)]
 
 
 @pytest.fixture

@@ -210,6 +210,7 @@ class TestHashes:
         assert done.run() == []
         assert weights(read) == set()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dated_back", [False, True])
     def test_a_change_that_keeps_the_size_is_noticed(self, done, dated_back):
         weights = done.out / "bundle/model.safetensors"
