@@ -39,6 +39,7 @@ def refused(*arguments: Any) -> str:
 
 
 class TestRefit:
+    @pytest.mark.slow
     def test_of_the_decoder_where_the_next_layer_is_read(self, cogact_run, image_samples, tmp_path, monkeypatch):
         put = Upload.put
 
