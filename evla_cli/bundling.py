@@ -117,7 +117,7 @@ def finish_bundle(root: Path, act: bool = True) -> dict[str, Any]:
 
 
 def _verified(root: Path, act: bool) -> tuple[dict[str, Any], ActionCheck | None]:
-    """How much was found to be right, and what the bundle did; None for what cannot or need not act. Reads every byte
+    """Amounts found to be right, and what the bundle did; None for what cannot or need not act. Reads every byte
     once, and a second time what acts and did not stay in the page cache."""
     check_is_bundle(root)
     ahead, action = None, None
@@ -172,7 +172,7 @@ def _check_contents(checkpoint: Checkpoint, keep: bool) -> LazyTensors:
 
 
 def _act(checkpoint: Checkpoint) -> ActionCheck:
-    """As a robot process would. Errors (CheckFailed): whatever happens but an interrupt."""
+    """Let the bundle act as in a robot process. Errors (CheckFailed): whatever happens but an interrupt."""
     try:
         return act_once(policy_from_weights(checkpoint, InferenceSettings.load(checkpoint.root / SETTINGS)))
     except Exception as error:  # of transformers and torch, which raise any kind when they do not fit

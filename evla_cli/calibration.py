@@ -141,7 +141,7 @@ _ORIENTATION = 0x0112  # in EXIF: how the picture is to be turned to be seen as 
 
 
 def upright(image: "Image") -> "Image":
-    """As its EXIF data say that it is to be seen; as it is where they say nothing that can be read."""
+    """Image turned as its EXIF data say; as it is where they say nothing that can be read."""
     from PIL.Image import Transpose
 
     turns = {
@@ -194,7 +194,7 @@ def _no_texts(file: Path, how: str) -> EvlaError:
 
 
 def _looks_like_json(line: str) -> bool:
-    """Of the first line of a file: a list or an object begins, or there is a whole one like those of samples.jsonl."""
+    """Tell whether a file's first line is JSON: a list or an object begins, or a whole one like those of samples.jsonl."""
     if line.strip() in ("[", "{", "[{"):
         return True
     try:
