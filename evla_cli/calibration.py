@@ -194,7 +194,7 @@ def _no_texts(file: Path, how: str) -> EvlaError:
 
 
 def _looks_like_json(line: str) -> bool:
-    """Tell whether a file's first line is JSON: a list or an object begins, or a whole one like those of samples.jsonl."""
+    """Whether a file's first line is JSON: a list or an object begins, or a whole one like those of samples.jsonl."""
     if line.strip() in ("[", "{", "[{"):
         return True
     try:

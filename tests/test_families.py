@@ -47,7 +47,7 @@ class FamilyContract:
     """A family supplies `source` (fixture), `layers(model)`, `load(path)` and `run(model)`."""
 
     def prune(self, source, dest, **options):
-        options = {"protect_first": 0, "mlp_method": "random", "check": False, **options}
+        options = {"protect_first": 0, "mlp_method": "random", **options}
         return pipeline.prune(source, dest, **options).plan
 
     def test_identity_plan_is_bit_exact(self, source, tmp_path):
