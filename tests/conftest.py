@@ -1,20 +1,23 @@
-"""Pico checkpoints, written once a session. Copy what you change: `shutil.copytree(cogact_run, tmp_path / "run")`."""
+"""Pico checkpoints, written once a session. Copy what you change: `shutil.copytree(cogact_run, tmp_path / "run")`.
+
+torch and transformers are imported where they are used: the process that only hands tests to others needs neither, and
+starts the others four seconds earlier.
+"""
+
+from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import beforehand  # noqa: F401
-import pico
 import pytest
-import torch
 
-from evla_cli.evaluation import memory
-from evla_cli.runtime.policy import Policy, policy_from_checkpoint
-
-torch.set_num_threads(1)  # pico tensors are too small to share
+if TYPE_CHECKING:
+    from evla_cli.runtime.policy import Policy
 
 # Every process that a test or evla forks comes from one server, which has imported whatever any of them needs; evla's
 # own choice of what to import there would hold for all that comes after.
@@ -25,15 +28,22 @@ PRELOADED += ["frozen"]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 forkserver.set_forkserver_preload(PRELOADED)
 forkserver.set_forkserver_preload = lambda modules: None
-memory.START_METHOD = "forkserver"  # test-slow measures in a process of its own
 
 
 def pytest_collection_finish() -> None:
     import frozen  # noqa: F401
+    import torch
+
+    from evla_cli.evaluation import memory
+
+    torch.set_num_threads(1)  # pico tensors are too small to share
+    memory.START_METHOD = "forkserver"  # test-slow measures in a process of its own
 
 
 @pytest.fixture(scope="session")
 def cogact_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pico
+
     run = tmp_path_factory.mktemp("cogact") / "run"
     pico.write_cogact(run)
     return run
@@ -42,6 +52,8 @@ def cogact_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def decoders(tmp_path_factory: pytest.TempPathFactory):
     """`decoders("qwen2")` is the directory of that pico decoder."""
+    import pico
+
     root = tmp_path_factory.mktemp("decoders")
 
     def directory(model_type: str) -> Path:
@@ -56,6 +68,8 @@ def decoders(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def image_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pico
+
     directory = tmp_path_factory.mktemp("images") / "samples"
     pico.write_image_samples(directory)
     return directory
@@ -63,6 +77,8 @@ def image_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pico
+
     file = tmp_path_factory.mktemp("texts") / "samples.jsonl"
     pico.write_text_samples(file)
     return file
@@ -71,12 +87,18 @@ def text_samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def policy(cogact_run: Path) -> Policy:
     """The pico CogACT under neutral settings; `policy.with_settings(...)` for others."""
+    from evla_cli.runtime.policy import policy_from_checkpoint
+
     return policy_from_checkpoint(cogact_run)
 
 
 @pytest.fixture(scope="session")
 def policy64(cogact_run: Path) -> Policy:
     """The same in float64, where equality up to rounding can be asked for tightly."""
+    import torch
+
+    from evla_cli.runtime.policy import policy_from_checkpoint
+
     return policy_from_checkpoint(cogact_run, dtype=torch.float64)
 
 
