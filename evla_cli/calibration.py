@@ -1,7 +1,7 @@
 """Calibration samples as a stream: camera images with instructions, or texts.
 
 A folder with `samples.jsonl`, one `{"image": "frames/0001.png", "instruction": "open the drawer"}` a line and the image
-files beside it; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files
+files beside it, where `"episode": "17"` (or 17) may say which frames follow one another; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files
 are read as far as samples are asked for.
 """
 
@@ -52,6 +52,7 @@ class Sample:
     text: str = ""
     instruction: str = ""
     image_path: Path | None = None
+    episode: str | None = None  # frames of one recorded episode follow one another in the file
 
     @property
     def image(self) -> "Image":
@@ -166,7 +167,7 @@ def _image_samples(file: Path) -> Iterator[Sample]:
     for where, record in _json_lines(file):
         path = inside(file.parent, _field(record, "image", where), where)
         _check_image_file(path, f"{where}: image {path}")
-        yield Sample(where, instruction=_field(record, "instruction", where), image_path=path)
+        yield Sample(where, "", _field(record, "instruction", where), path, _episode(record, where))
 
 
 def _text_samples(file: Path) -> Iterator[Sample]:
@@ -224,6 +225,15 @@ def _field(record: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise EvlaError(f"{where}: missing field '{key}' (a text that is not empty).")
     return value
+
+
+def _episode(record: dict[str, Any], where: str) -> str | None:
+    value = record.get("episode")
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise EvlaError(f"{where}: 'episode' must be a number or a text that is not empty, got {json.dumps(value)[:40]}.")
 
 
 def _read_image_file(path: Path, where: str) -> bytes:

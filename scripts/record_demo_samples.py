@@ -44,10 +44,11 @@ def record(directory: Path, num_frames: int, first_seed: int) -> None:
             # An episode that ends before its step is passed over.
             while next(noisy_episode(env, seed, stride=LATEST_STEP), None) is None:
                 seed += 1
-            name = f"frames/{task}-{seed}.png"
+            episode = f"{task}-{seed}"
+            name = f"frames/{episode}.png"
             Image.fromarray(env.render()).save(directory / name)
             instruction = description.phrasings[number % len(description.phrasings)]
-            lines[number, turn] = json.dumps({"image": name, "instruction": instruction})
+            lines[number, turn] = json.dumps({"image": name, "instruction": instruction, "episode": episode})
             seed += 1
         env.close()  # two open OSMesa renderers in one process spoil each other's pictures
     write_text(directory / "samples.jsonl", "".join(f"{lines[key]}\n" for key in sorted(lines)))

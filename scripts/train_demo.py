@@ -498,7 +498,7 @@ def write_samples(output: Path, data: Data) -> None:
             name = f"frames/{task}-{i}.png"
             Image.fromarray(data.images[frames[len(frames) * i // len(episodes)]]).save(output / name)
             instruction = description.phrasings[i % len(description.phrasings)]
-            lines.append(json.dumps({"image": name, "instruction": instruction}))
+            lines.append(json.dumps({"image": name, "instruction": instruction, "episode": f"{task}-{i}"}))
     (output / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -347,6 +347,11 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
         "samples.jsonl:3: missing field 'instruction'",
         write("samples/samples.jsonl", '{"image": "0.png", "instruction": "open"}\n\n{"image": "0.png"}\n'),
     ),
+    "episode that is neither number nor text": (
+        ANALYZE,
+        "samples.jsonl:1: 'episode' must be a number or a text that is not empty, got 1.5",
+        write("samples/samples.jsonl", '{"image": "0.png", "instruction": "open", "episode": 1.5}'),
+    ),
     "line that is no JSON": (ANALYZE, "samples.jsonl:1 is not valid JSON", write("samples/samples.jsonl", "{")),
     "text with half a character": (
         ANALYZE,
