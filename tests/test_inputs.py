@@ -304,10 +304,11 @@ class TestSamples:
         (tmp_path / "a").write_text("\n".join(lines))
         assert [sample.text for sample in load_samples(tmp_path / "a", "text")] == lines
 
-    def test_an_episode_is_a_number_or_a_text(self, image_samples):
+    def test_an_episode_is_a_number_or_a_text(self, image_samples, tmp_path):
+        shutil.copy(image_samples / "0.png", tmp_path)
         lines = [{"image": "0.png", "instruction": "open", **more} for more in ({}, {"episode": 7}, {"episode": "b"})]
-        (image_samples / "numbered.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-        assert [sample.episode for sample in load_samples(image_samples / "numbered.jsonl", "image")] == [None, "7", "b"]
+        (tmp_path / "samples.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        assert [sample.episode for sample in load_samples(tmp_path, "image")] == [None, "7", "b"]
 
     @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson"])
     def test_json_lines_by_another_name(self, name, tmp_path):
