@@ -1,8 +1,8 @@
 """Calibration samples as a stream: camera images with instructions, or texts.
 
 A folder with `samples.jsonl`, one `{"image": "frames/0001.png", "instruction": "open the drawer"}` a line and the image
-files beside it, where `"episode": "17"` (or 17) may say which frames follow one another; or for plain decoders a JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files
-are read as far as samples are asked for.
+files beside it; frames that follow one another in one recording say so by the same `"episode"`. Or for plain decoders a
+JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files are read as far as samples are asked for.
 """
 
 import hashlib
