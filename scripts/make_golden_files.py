@@ -5,9 +5,9 @@
     out/golden/bin/python scripts/make_golden_files.py --cogact CogACT --openvla openvla
 
 in an environment of its own. CogACT is a checkout of github.com/microsoft/CogACT, whose `action_model/` is run, openvla
-one of github.com/arnoldland/openvla, which CogACT depends on and whose `dinosiglip_vit.py` builds both towers with timm.
-Their code is run as it is, at other sizes; none of it is kept, and nothing is downloaded. `tests/test_golden.py` makes
-the same weights, loads them into evla as a native checkpoint, and compares.
+one of github.com/arnoldland/openvla, which CogACT depends on, and whose `dinosiglip_vit.py` builds both towers with
+timm. Their code is run as it is, at other sizes; none of it is kept, and nothing is downloaded. `tests/test_golden.py`
+makes the same weights, loads them into evla as a native checkpoint, and compares.
 """
 
 import argparse
@@ -79,9 +79,13 @@ def main() -> None:
         "towers": tower_facts,
     }
     GOLDEN.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN / "cogact.npz", **head, **towers)
-    text = re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), json.dumps(facts, indent=1))  # a list a line
-    (GOLDEN / "cogact.json").write_text(text + "\n")
+    arrays: dict[str, Any] = head | towers
+    np.savez_compressed(GOLDEN / "cogact.npz", **arrays)
+    (GOLDEN / "cogact.json").write_text(one_line_a_list(json.dumps(facts, indent=1)) + "\n")
+
+
+def one_line_a_list(text: str) -> str:
+    return re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text)
 
 
 def commit(checkout: Path) -> str:
