@@ -47,6 +47,10 @@ TOWERS = {  # at which timm's models are built; whatever is not named is theirs
     "vit_large_patch14_reg4_dinov2.lvd142m": {"embed_dim": 32, "depth": 3, "num_heads": 2},
     "vit_so400m_patch14_siglip_224": {"embed_dim": 48, "depth": 4, "num_heads": 3},
 }
+PRUNED = {  # what LOADING.md of a pruned checkpoint tells CogACT's users to give timm: 64 rows an MLP
+    "vit_large_patch14_reg4_dinov2.lvd142m": {"depth": 3, "mlp_ratio": 64 / 32},
+    "vit_so400m_patch14_siglip_224": {"depth": 4, "mlp_ratio": 64 / 48},
+}
 IMAGE_SIZE, FULL_SIZE = 56, 224
 # Width and height; one is enlarged, one reduced. Not upright: Pillow 13 resizes some of those otherwise than Pillow 10.
 IMAGES = ((80, 60), (640, 480))
@@ -183,11 +187,15 @@ def run_towers(openvla: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     vision = import_alone(openvla, "prismatic.models.backbones.vision.dinosiglip_vit")
     published = {name: tower_sizes(name) for name in TOWERS}
     create_model = timm.create_model
-    timm.create_model = lambda name, **options: create_model(name, **{**options, **TOWERS[name], "pretrained": False})
+    timm.create_model = lambda name, **options: create_model(name, **{**TOWERS[name], **options, "pretrained": False})
     backbone, at_full_size = (
         vision.DinoSigLIPViTBackbone("dinosiglip-vit-so-224px", "resize-naive", default_image_size=size).eval()
         for size in (IMAGE_SIZE, FULL_SIZE)
     )
+    pruned = {
+        name: {"given": given, "shapes": shapes(timm.create_model(name, num_classes=0, img_size=IMAGE_SIZE, **given))}
+        for name, given in PRUNED.items()
+    }
     timm.create_model = create_model
     weights = load_seeded(backbone, SEEDS["towers"])
     images = [Image.fromarray(seeded.image(*size, seed=SEEDS["images"])) for size in IMAGES]
@@ -200,6 +208,7 @@ def run_towers(openvla: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     facts = {
         "sizes": TOWERS,
         "published_sizes": published,
+        "pruned": pruned,
         "image_size": IMAGE_SIZE,
         "full_size": FULL_SIZE,
         "stride": STRIDE,
@@ -238,14 +247,20 @@ def pixels_of(backbone: Any, images: list[Image.Image]) -> dict[str, torch.Tenso
 
 
 def load_seeded(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
-    weights = seeded.weights({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, seed)
+    weights = seeded.weights(shapes(model), seed)
     model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()}, strict=True)
     return weights
 
 
 def described(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    return {"weights_sha256": seeded.digest(weights), "weight_shapes": shapes}
+    return {
+        "weights_sha256": seeded.digest(weights),
+        "weight_shapes": {name: weight.shape for name, weight in weights.items()},
+    }
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 if __name__ == "__main__":

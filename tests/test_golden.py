@@ -8,6 +8,7 @@ as a user's are.
 import copy
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from golden import seeded
 from PIL import Image
 from torch import Tensor
 
+from evla_cli import pipeline
 from evla_cli.evaluation.stock import load_stock_policy
-from evla_cli.families import cogact
+from evla_cli.families import cogact, open_checkpoint
 from evla_cli.models.processing import CogACTProcessor
 from evla_cli.runtime.policy import Policy, policy_from_checkpoint
 from evla_cli.settings import DiffusionSettings, InferenceSettings
+from evla_cli.vision.planning import VisionOptions
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FACTS: dict[str, Any] = json.loads((GOLDEN / "cogact.json").read_text())
@@ -126,3 +129,21 @@ def test_attention_heads_of_the_published_models():
     for part, sizes in (("dino", dino), ("siglip", siglip)):
         published[part] = {sizes["embed_dim"]: sizes["num_heads"]}
     assert published == cogact._NUM_HEADS
+
+
+def test_pruned_towers_are_those_that_timm_makes_by_the_lines_of_loading(run, tmp_path):
+    """The names and shapes that timm itself gave the same arguments."""
+    vision = VisionOptions(mlp_prune_ratio=0.5, mlp_method="magnitude")
+    pipeline.prune(run, tmp_path / "pruned", vision=vision, check=False)
+    text = (tmp_path / "pruned" / "LOADING.md").read_text()
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith(("create,", "timm.create"))]
+    given: dict[str, Any] = {}
+    timm = types.SimpleNamespace(create_model=lambda name, **options: given.update({name: options}))
+    exec("\n".join(lines), {"timm": timm})
+    tensors = open_checkpoint(tmp_path / "pruned").reader.tensors
+    for (name, expected), tower in zip(TOWERS["pruned"].items(), ("dino", "siglip"), strict=True):
+        timm.create_model(name, pretrained=True)
+        assert given[name] == expected["given"] | {"pretrained": False}
+        prefix = f"model.vision_backbone.{tower}_featurizer."
+        found = {key.removeprefix(prefix): list(lazy.shape) for key, lazy in tensors.items() if key.startswith(prefix)}
+        assert found == expected["shapes"]
