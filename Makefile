@@ -58,7 +58,7 @@ test: $(STAMP)  ## The test suite (minutes); names the 15 slowest tests
 	$(BIN)/python -m pytest -m 'not slow and not fuzz' -n 2 --dist loadfile --durations=15
 
 # What computes, by all its paths: the runtime under every setting, pruning, every command, the demo's actions.
-VERSION_TESTS := $(addprefix tests/test_,versions.py models.py policy.py frame_cache.py visual_tokens.py \
+VERSION_TESTS := $(addprefix tests/test_,versions.py models.py golden.py policy.py frame_cache.py visual_tokens.py \
 	layer_importance.py mlp_pruning.py families.py)
 
 test-versions: $(OVERLAYS)/oldest/.ready $(OVERLAYS)/newest/.ready  ## Runtime and pruning on the oldest and newest libraries

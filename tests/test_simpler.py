@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from test_cli import evla_error, evla_json
 
 from evla_cli.errors import EvlaError
-from evla_cli.evaluation.suites.simpler import TASKS
+from evla_cli.evaluation.suites.simpler import TASKS, Simpler
 from evla_cli.runtime.policy import Policy, load_policy, policy_from_checkpoint
 from evla_cli.runtime.simpler import ROBOT_SETUPS, AdaptiveEnsemble, SimplerPolicy, StickyGripper, euler_to_axis_angle
 
@@ -299,6 +299,8 @@ def test_without_a_vulkan_driver(robot_run, with_simpler, monkeypatch):
     error = refusal(robot_run, with_simpler)
     assert "SAPIEN cannot render here (Vulkan is incompatible with your driver. You may not use the" in error
     assert "it needs a Vulkan driver" in error
+    with pytest.raises(EvlaError, match="SAPIEN cannot render here"):
+        Simpler().check()
 
 
 def test_a_checkout_without_its_pictures(with_simpler, robot_run):

@@ -173,6 +173,7 @@ class Simpler:
 
     tasks = tuple(TASKS)
     first_seed = 0  # of the diffusion noise; the initial conditions are listed above
+    _renderer = ""  # the device's name, once it was asked for
 
     def check(self) -> None:
         if find_spec("simpler_env") is None:
@@ -194,10 +195,15 @@ class Simpler:
                 "--suite simpler needs ffmpeg, with which SIMPLER's evaluator writes a video after every episode: "
                 "install it, or put imageio-ffmpeg's on the PATH (docs/closed-loop.md)."
             )
+        self._renderer = _rendering_device()
 
     def facts(self) -> dict[str, Any]:
         libraries = {name: version(name) for name in ("sapien", "numpy")}
-        return {"conditions": "visual matching, as in CogACT's scripts", **libraries, "renderer": _rendering_device()}
+        return {
+            "conditions": "visual matching, as in CogACT's scripts",
+            **libraries,
+            "renderer": self._renderer or _rendering_device(),
+        }
 
     def num_episodes(self, task: str) -> tuple[int, int | None]:
         count = len(TASKS[task].each)
