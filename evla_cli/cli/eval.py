@@ -41,7 +41,7 @@ Examples:
     is_flag=True,
     default=True,
     flag_value=False,
-    help="Without the row of the first candidate with other noise: no difference is then called real.",
+    help="Add no row of the first candidate with other noise; without one no difference is called real.",
 )
 @click.option(
     "--execute",
