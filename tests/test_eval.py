@@ -228,16 +228,20 @@ def test_unnorm_key_says_whose_statistics(two_datasets, cogact_run, whole, tmp_p
         return [line["steps"] for line in lines(tmp_path / log) if line.get("candidate") == name and "steps" in line]
 
     both = (two_datasets, f"{two_datasets}@{write_neutral(tmp_path / 'same.yaml')}", cogact_run)
-    options = ("--no-control", "--unnorm-key", "kitchen")
+    options = ("--tasks", "far", "--no-control", "--unnorm-key", "kitchen")
     evla("eval", *both, *SUITE, "-o", tmp_path / "a.jsonl", *options, "--unnorm-key", "both@same=garden")
-    dense = [line["steps"] for line in lines(whole) if line.get("candidate") == "dense" and "steps" in line]
+    dense = steps_of_dense(whole)
     assert steps("a.jsonl", "both") == steps("a.jsonl", "run") == dense
     assert steps("a.jsonl", "both@same") != dense
-    evla("eval", two_datasets, *SUITE, "-o", tmp_path / "b.jsonl", "--unnorm-key", "garden")
+    evla("eval", two_datasets, *SUITE, "-o", tmp_path / "b.jsonl", "--tasks", "far", "--unnorm-key", "garden")
     assert steps("b.jsonl", "both") == steps("a.jsonl", "both@same")
     refused(
         tmp_path / "b.jsonl", 'both\'s unnorm_key is "garden" there, "kitchen" here', two_datasets, *SUITE, *options
     )
+
+
+def steps_of_dense(log: Path) -> list[int]:
+    return [line["steps"] for line in lines(log) if (line.get("candidate"), line.get("task")) == ("dense", "far")]
 
 
 def write_neutral(path: Path) -> Path:
@@ -260,7 +264,10 @@ def test_the_only_dataset_may_be_named_or_not(cogact_run, tmp_path):
             (),
             "both knows 2 datasets; say which one's statistics are meant: --unnorm-key both=KEY, with one of garden, k",
         ),
-        (("--unnorm-key", "kitchn"), "both has no statistics of 'kitchn' for left: Did you mean 'kitchen'?"),
+        (
+            ("--unnorm-key", "kitchn"),
+            "both has no statistics of 'kitchn' for left; --unnorm-key names others. Did you mean 'kitchen'?",
+        ),
         (
             ("--unnorm-key", "bth=kitchen"),
             "--unnorm-key bth=kitchen: no candidate is called 'bth'. Did you mean 'both'?",
@@ -280,12 +287,12 @@ def test_statistics_that_are_not_clear_are_refused_before_the_first_episode(argu
 
 def test_execute_says_how_much_of_a_chunk(cogact_run, whole, tmp_path):
     def run(log: str, *arguments: Any) -> list[int]:
-        evla("eval", cogact_run, *SUITE, "-o", tmp_path / log, *arguments)
+        evla("eval", cogact_run, *SUITE, "--tasks", "far", "-o", tmp_path / log, *arguments)
         header, _, *done = lines(tmp_path / log)
         assert header["num_executed"] == (arguments[1] if arguments else 4)
         return [line["steps"] for line in done]
 
-    dense = [line["steps"] for line in lines(whole) if line.get("candidate") == "dense" and "steps" in line]
+    dense = steps_of_dense(whole)
     assert run("a.jsonl", "--execute", 4) == run("b.jsonl") == dense
     assert run("c.jsonl", "--execute", 12) != dense
     refused(tmp_path / "c.jsonl", "num_executed is 12 there, 4 here", cogact_run, *SUITE)

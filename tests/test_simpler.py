@@ -259,7 +259,7 @@ def test_statistics_are_each_robots_unless_told_otherwise(with_simpler, robot_ru
     log = with_simpler / "log.jsonl"
     options = ("--suite", "simpler", "-o", log, "--tasks", "widowx_stack_cube", "--episodes", 1)
     error = evla_error("eval", cogact_run, *options)
-    assert "run has no statistics of 'bridge_orig' for widowx_stack_cube: " in error
+    assert "run has no statistics of 'bridge_orig' for widowx_stack_cube; --unnorm-key names others. " in error
     evla_json("eval", cogact_run, *options, "--unnorm-key", "kitchen")
     sent = [json.loads(line)["sent"] for line in (with_simpler / "trace.jsonl").read_text().splitlines()]
     log.unlink()

@@ -266,13 +266,16 @@ def _with_known_statistics(candidate: Candidate, suite: Suite, trials: Sequence[
     known = list(_config(candidate).norm_stats)
     for task in dict.fromkeys(trial.task for trial in trials):
         key = candidate.unnorm_key or _unnorm_key(suite, task)
-        if key is None and len(known) > 1:
+        if key is None and len(known) != 1:
             raise EvlaError(
                 f"{candidate.name} knows {len(known)} datasets; say which one's statistics are meant: --unnorm-key "
                 f"{candidate.name}=KEY, with one of {', '.join(sorted(known))}."
             )
         if key is not None and key not in known:
-            raise EvlaError(f"{candidate.name} has no statistics of '{key}' for {task}: {suggest(key, known)}")
+            raise EvlaError(
+                f"{candidate.name} has no statistics of '{key}' for {task}; --unnorm-key names others. "
+                f"{suggest(key, known)}"
+            )
     if candidate.unnorm_key is None and all(_unnorm_key(suite, task) is None for task in suite.tasks):
         return replace(candidate, unnorm_key=known[0])
     return candidate

@@ -240,7 +240,8 @@ def _draw(rows: list[dict[str, Any]]) -> Any:
     axes.set_ylim(max(-2, bottom - 5), 102)
     axes.grid(alpha=0.3)
     without_frame(axes)
-    figure.legend(loc="outside right center", frameon=False)
+    note = f"filled: the difference\nfrom {plain(rows[0]['paired_with'])} is real"
+    figure.legend(loc="outside right center", frameon=False, title=note)
     return figure
 
 
