@@ -248,6 +248,26 @@ def test_its_evaluator_runs_our_policy(with_simpler, robot_run):
     assert names == {f"run-{task}-0000.gif" for task in tasks}
 
 
+def test_what_it_executes_is_its_own_matter(with_simpler, robot_run):
+    """It asks for an action at every step, and averages those that were predicted for it."""
+    options = ("--suite", "simpler", "-o", with_simpler / "log.jsonl", "--tasks", "widowx_stack_cube")
+    error = evla_error("eval", robot_run, *options, "--execute", 4)
+    assert error == "Error: --execute: this suite decides itself which actions of a chunk it executes; leave it out.\n"
+
+
+def test_statistics_are_each_robots_unless_told_otherwise(with_simpler, robot_run, cogact_run):
+    log = with_simpler / "log.jsonl"
+    options = ("--suite", "simpler", "-o", log, "--tasks", "widowx_stack_cube", "--episodes", 1)
+    error = evla_error("eval", cogact_run, *options)
+    assert "run has no statistics of 'bridge_orig' for widowx_stack_cube; --unnorm-key names others. " in error
+    evla_json("eval", cogact_run, *options, "--unnorm-key", "kitchen")
+    sent = [json.loads(line)["sent"] for line in (with_simpler / "trace.jsonl").read_text().splitlines()]
+    log.unlink()
+    evla_json("eval", robot_run, *options)
+    (again,) = [json.loads(line)["sent"] for line in (with_simpler / "trace.jsonl").read_text().splitlines()][1:]
+    assert sent == [again]  # the same numbers by another name
+
+
 def test_conditions_are_those_of_the_scripts():
     counts = {name: len(task.each) for name, task in TASKS.items()}
     assert counts == {
