@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evla_cli.calibration import hold_out, load_samples, samples_sha256
+from evla_cli.calibration import hold_out, load_samples, samples_sha256, sort_samples, warn_of_one_side
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, give_back_freed_memory, is_finite
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
@@ -76,8 +76,9 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     check_device(options.device)
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
-    samples = load_samples(options.data, checkpoint.family.sample_kind, options.num_samples)
+    samples = sort_samples(load_samples(options.data, checkpoint.family.sample_kind, options.num_samples))
     fit_to, held_out = hold_out(samples, options.data)
+    warn_of_one_side(fit_to, held_out)
     settings = {
         "samples_sha256": samples_sha256(samples),
         "num_samples": len(samples),
