@@ -53,7 +53,7 @@ class ChoiceOptions:
 
     Attributes:
         method, objective: of `settings.LAYER_METHODS` and `settings.OBJECTIVES`.
-        held_out: only every fifth sample judges, because the others are what layers are, or will be, fit to.
+        held_out: only a held-out fifth judges, because the others are what layers are, or will be, fit to.
         weights: how often a position of each kind counts; None: once.
     """
 

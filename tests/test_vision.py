@@ -400,8 +400,8 @@ class TestRefit:
         assert "does not bring the features of siglip nearer" in prune_table(result)
 
     def test_the_decoder_makes_up_for_the_towers(self, run, importance, image_samples, refit, tmp_path):
-        """The written last layer is numpy's least squares behind everything before it, from pixels on, on the
-        samples that are not held out; what refit of the decoder is held against is the model with refit towers and its decoder as it was."""
+        """The written last layer is numpy's least squares behind everything before it, from pixels on, on the samples
+        that are not held out; what refit is held against is the model with refit towers and its decoder as it was."""
         pipeline.prune(run, tmp_path / "plain", importance=importance, drop_ids=[3], vision=PRUNED)
         report = PrunePlan.load(refit / "prune_plan.yaml").how["refit_report"]
         dense, ours, plain = (model64(directory).model for directory in (run, refit, tmp_path / "plain"))
