@@ -18,9 +18,9 @@ from evla_cli.checkpoint.tensors import total_bytes
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.choosing import ChoiceOptions
 from evla_cli.errors import EvlaError, one_line
+from evla_cli.evaluation.held_out import HeldOutError, judge
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
-from evla_cli.judging import HeldOutError, judge
 from evla_cli.methods.layer_pruning import prune_weights
 from evla_cli.models.skeleton import check_device
 from evla_cli.pipeline import OnComplete

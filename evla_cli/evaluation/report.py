@@ -18,7 +18,7 @@ from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, StackPla
 if TYPE_CHECKING:
     import numpy as np
 
-    from evla_cli.judging import HeldOutError
+    from evla_cli.evaluation.held_out import HeldOutError
     from evla_cli.pipeline import PruneResult
 
 

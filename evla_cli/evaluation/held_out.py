@@ -21,6 +21,7 @@ from evla_cli.methods.layer_importance import real_positions
 from evla_cli.models.skeleton import failures_of_transformers, out_of_memory
 from evla_cli.models.streaming import DecoderStream
 from evla_cli.progress import progress_bar
+from evla_cli.runtime.policy import policy_from_weights
 
 _MAX_SAMPLES = 32  # two predictions each, the dense one's as slow as any
 _ADVICE = "the result is complete, and evla compare measures it on as few samples as you like; or use --device cpu"
@@ -76,8 +77,6 @@ def _action_errors(
     source: Path, result: Path, samples: list[Sample], batch_size: int, device: str, dtype: torch.dtype | None
 ) -> np.ndarray:
     """By sample. One policy is loaded at a time."""
-    from evla_cli.runtime.policy import policy_from_weights
-
     found: list[Predictions] = []
     candidates = open_candidates([source, result])
     key = min(candidates[0].config.norm_stats)  # any will do: normalised actions are compared
