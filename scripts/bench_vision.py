@@ -34,12 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DENSE = ROOT / "demo" / "cogact-metaworld"
 SAMPLES = ROOT / "demo" / "samples"
 VARIANTS = {
+    # A quarter is asked for; of 384 channels 320 stay, the nearest multiple of 64.
     "1 block of each tower": VisionOptions(1),
-    "25 % of the rows, activation": VisionOptions(0, 0.25, "activation"),
-    "25 % of the rows, magnitude": VisionOptions(0, 0.25, "magnitude"),
-    "25 % of the rows, random": VisionOptions(0, 0.25, "random"),
-    "50 % of the rows, activation": VisionOptions(0, 0.5, "activation"),
-    "1 block and 25 % of the rows": VisionOptions(1, 0.25, "activation"),
+    "a sixth of the rows, activation": VisionOptions(0, 0.25, "activation"),
+    "a sixth of the rows, magnitude": VisionOptions(0, 0.25, "magnitude"),
+    "a sixth of the rows, random": VisionOptions(0, 0.25, "random"),
+    "half of the rows, activation": VisionOptions(0, 0.5, "activation"),
+    "1 block and a sixth of the rows": VisionOptions(1, 0.25, "activation"),
 }
 
 

@@ -135,7 +135,7 @@ def plan_verdicts(plan: PrunePlan) -> list[str]:
     lines = [f"{plan.num_layers} -> {len(plan.keep_layers)} layers (without {dropped}), MLP width {width}"]
     lines += [" ".join(line.split()) for line in _tower_lines(plan)]
     stable, refit = plan.how.get("stability"), plan.how.get("refit_report")
-    lines += [stability_note(stable)] if stable else []
+    lines += [stability_note(stable).partition(' "dropped in"')[0]] if stable else []
     return lines + (refit_verdicts(refit) if refit else [])
 
 
