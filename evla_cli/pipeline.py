@@ -712,8 +712,8 @@ def predict(
 
 
 def settings_with(path: Path | None, **sections: dict[str, Any]) -> InferenceSettings:
-    """Settings from a file, with the given values (those that are not None) on top; without a file, the paper's."""
-    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "action_cache": {"interval": 5}}
+    """Settings from a file, with the given values (those that are not None) on top; without a file, neutral ones."""
+    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     if path is not None:
         record = InferenceSettings.load(path).to_record()
     for section, values in sections.items():

@@ -88,6 +88,16 @@ class VisualTokenSettings:
         """One of CONTEXTS. FastV's score is the attention of the last row, the cognition token's, alone."""
         return "cognition" if self.method == "fastv" else self.context
 
+    @property
+    def remembers_frames(self) -> bool:
+        """Whether a prediction depends on the frame before."""
+        return self.method == "vla_cache"
+
+    @property
+    def depends_on_calls(self) -> bool:
+        """Whether a prediction depends on the calls before, of which a batch is one."""
+        return self.remembers_frames or self.method == "random"
+
 
 @dataclass(frozen=True)
 class ActionCacheSettings:

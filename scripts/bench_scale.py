@@ -165,6 +165,7 @@ def main() -> None:
     run("prune-unchecked", [*follow, "--no-check"], source, compare="cp", keep=pruned)
     run("prune", follow, source, compare="cp", keep=pruned)
     export = [*EVLA, "export", str(pruned), str(bundle), "--num-visual-tokens", str(arguments.num_keep)]
+    export += ["--cache-interval", "5"]
     refit = [*decide, "--refit", *samples, *same[:4], "--memory-budget", "256MB"]
     run("refit", [*EVLA, "prune", str(source), str(pruned), *refit], source, compare="bare", keep=pruned)
     towers = [*refit, "--vision-drop-layers", "10", "--vision-mlp-prune-ratio", "0.25"]

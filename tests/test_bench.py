@@ -237,7 +237,8 @@ def half_bundle(cogact_run, tmp_path_factory):
     """4 of 6 layers, 8 of 16 tokens, interval 5."""
     root = tmp_path_factory.mktemp("half")
     pipeline.prune(cogact_run, root / "pruned", drop_ids=(3, 4), mlp_prune_ratio=0.5, mlp_method="magnitude")
-    pipeline.export(root / "pruned", root / "half", pipeline.settings_with(None, visual_tokens={"num_keep": 8}))
+    settings = pipeline.settings_with(None, visual_tokens={"num_keep": 8}, action_cache={"interval": 5})
+    pipeline.export(root / "pruned", root / "half", settings)
     return root / "half"
 
 

@@ -301,7 +301,7 @@ def test_bundle_has_the_documented_files(bundle):
 
 
 def test_export_twice_gives_the_same_bytes(bundle, cogact_run, tmp_path):
-    evla("export", cogact_run, tmp_path / "again", "--num-visual-tokens", 8)
+    evla("export", cogact_run, tmp_path / "again", "--num-visual-tokens", 8, "--cache-interval", 5)
     assert contents(tmp_path / "again") == contents(bundle)
 
 
@@ -331,11 +331,20 @@ def test_options_win_over_the_settings_file(cogact_run, tmp_path):
     assert facts["bytes"] < (cogact_run / "checkpoints/pico.pt").stat().st_size
 
 
+def test_export_refuses_options_that_do_nothing(cogact_run, tmp_path):
+    for option in ("--num-key-tokens", "--task-ratio", "--prune-layer"):
+        said = evla_error("export", cogact_run, tmp_path / "b", option, 1)
+        assert f"{option} does nothing while all visual tokens are kept" in said
+    (tmp_path / "s.yaml").write_text("schema_version: 1\ndiffusion: {sampler: ddpm}\n")
+    options = ("--settings", tmp_path / "s.yaml", "--num-denoise-steps", 5)
+    assert "does nothing under sampler ddpm" in evla_error("export", cogact_run, tmp_path / "b", *options)
+
+
 @pytest.fixture(scope="module")
 def plain(cogact_run, tmp_path_factory) -> Path:
     """All visual tokens, every denoising step."""
     directory = tmp_path_factory.mktemp("plain") / "bundle"
-    evla("export", cogact_run, directory, "--cache-interval", 1)
+    evla("export", cogact_run, directory)
     return directory
 
 

@@ -339,10 +339,13 @@ def _bench_notes(record: dict[str, Any]) -> str:
     if protocol["loaded"] == "in turn":
         order = f"the models do not fit into memory together: each loaded {protocol['visits']} times, one after another"
     bfloat16 = "multiplies" if environment["native_bfloat16"] else "does not multiply"
+    still = ""
+    if any(row["settings"]["visual_tokens"]["method"] == "vla_cache" for row in record["rows"]):
+        still = "\nVLA-Cache is timed before a camera where nothing moves, its best case."
     return (
         f"{environment['device']}: {environment['device_name']}; the processor has {environment['instructions']} and "
         f"{bfloat16} bfloat16; {environment['threads']} threads; {versions}.\n"
-        f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}."
+        f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}.{still}"
     )
 
 
