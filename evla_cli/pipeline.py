@@ -453,7 +453,7 @@ def _new_plan(
             "analyze": _analyze_options(scores) if scores else None,
             "drop_layers": checkpoint.num_layers - len(keep),
             "drop_layer_ids": sorted(set(drop_ids)),
-            "protect_first": protect_first,
+            "protect_first": protect_first if len(keep) < checkpoint.num_layers else None,  # or does nothing
             "mlp_prune_ratio": mlp_prune_ratio,
             "mlp_method": mlp_method if mlp_keep else None,
             "seed": seed,

@@ -19,7 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import evla_cli
 from evla_cli.checkpoint import output_file
+from evla_cli.cli import prune
 from evla_cli.cli.main import cli
+from evla_cli.errors import EvlaError
+from evla_cli.schema import from_mapping
+from evla_cli.settings import Recipe
 
 COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench", "compare", "eval", "report")
 
@@ -266,6 +270,54 @@ def test_keep_layers_says_the_same_the_other_way(cogact_run, importance_file, tm
     arguments = ("prune", cogact_run, tmp_path / "x", "--importance", importance_file, "--dry-run")
     dropped = evla_json(*arguments, "--drop-layers", 2)["plan"]["dropped_layers"]
     assert evla_json(*arguments, "--keep-layers", 4)["plan"]["dropped_layers"] == dropped
+
+
+# Options of prune that matter only beside others: what to give them, and beside what they do nothing.
+IDLE = {
+    "--protect-first": (1, "--mlp-prune-ratio 0.5", "where no layer goes (--drop-layers)"),
+    "--layer-method": ("cosine", "--drop-layer-ids 4", "where no layer goes by rank (--drop-layers)"),
+    "--objective": ("hidden", "--drop-layer-ids 4,5 --drop-layers 2", "where no layer goes by rank (--drop-layers)"),
+    "--mlp-method": ("random", "--drop-layers 1", "without --mlp-prune-ratio"),
+    "--vision-mlp-method": ("random", "--vision-drop-layers 1", "without --vision-mlp-prune-ratio"),
+    "--seed": (0, "--mlp-prune-ratio 0.5 --mlp-method magnitude", "where no rows are drawn (--mlp-method prunenet"),
+    "--refit-last-weight": (5, "--drop-layer-ids 4", "without --refit"),
+    "--num-samples": (5, "--drop-layers 1", "where the model is not run on --samples"),
+    "--batch-size": (5, "--drop-layers 1", "where the model is not run on --samples"),
+    "--memory-budget": ("1GB", "--drop-layers 1", "where the model is not run on --samples"),
+    "--device": ("cuda:7", "--drop-layers 1", "where the model is not run on --samples"),
+}
+AMOUNTS = {"--importance", "--drop-layers", "--keep-layers", "--drop-layer-ids", "--mlp-prune-ratio"}
+AMOUNTS |= {"--vision-drop-layers", "--vision-mlp-prune-ratio"}
+ALWAYS = AMOUNTS | {"--plan", "--refit", "--samples", "--no-check", "--dry-run", "--json", "--quiet", "--overwrite"}
+
+
+def test_prune_refuses_options_that_do_nothing():
+    """Every option is known to matter always, or when; before anything is read."""
+    options = {max(parameter.opts, key=len) for parameter in prune.command.params if parameter.opts[0].startswith("-")}
+    assert options == IDLE.keys() | ALWAYS
+    for option, (value, beside, reason) in IDLE.items():
+        said = evla_error("prune", "nowhere", "out", option, value, *beside.split())
+        assert f"Error: {option} does nothing {reason}" in said
+    for option in (AMOUNTS | IDLE.keys()) - {"--refit-last-weight", "--num-samples", "--batch-size", "--memory-budget"}:
+        value = IDLE[option][0] if option in IDLE else 0
+        said = evla_error("prune", "nowhere", "out", "--plan", "p.yaml", option, value)
+        expected = "where the model is not run" if option == "--device" else "--plan says what goes; leave out"
+        assert expected in said
+        assert option in said
+
+
+def test_recipes_refuse_keys_that_do_nothing():
+    for prune_recipe, reason in (
+        ({"mlp_prune_ratio": 0.5, "protect_first": 2}, "protect_first does nothing where no layer goes (drop_layers)"),
+        ({"drop_layer_ids": [4], "layer_method": "iterative"}, "layer_method does nothing where no layer goes by rank"),
+        ({"drop_layers": 1, "mlp_method": "random"}, "mlp_method does nothing without mlp_prune_ratio"),
+        ({"drop_layers": 1, "vision_mlp_method": "random"}, "does nothing without vision_mlp_prune_ratio"),
+        ({"drop_layers": 1, "seed": 5}, "seed does nothing where no rows are drawn (mlp_method prunenet or random)"),
+        ({"drop_layers": 1, "refit_last_weight": 5.0}, "refit_last_weight does nothing without refit"),
+    ):
+        record = {"source": "run", "output": "out", "analyze": {"samples": "samples"}, "prune": prune_recipe}
+        with pytest.raises(EvlaError, match=re.escape(reason)):
+            from_mapping(Recipe, record, "recipe.yaml")
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(cogact_run, tmp_path):

@@ -263,7 +263,8 @@ def episodes(tmp_path_factory):
 def remembering(cogact_run, tmp_path_factory):
     settings = tmp_path_factory.mktemp("settings") / "vla_cache.yaml"
     settings.write_text(
-        "schema_version: 1\nvisual_tokens: {method: vla_cache, similarity_threshold: 0.9, num_task: 2, entropy_scale: 40}\n"
+        "schema_version: 1\n"
+        "visual_tokens: {method: vla_cache, similarity_threshold: 0.9, num_task: 2, entropy_scale: 40}\n"
     )
     return f"{cogact_run}@{settings}"
 

@@ -345,7 +345,8 @@ def _bench_notes(record: dict[str, Any]) -> str:
     return (
         f"{environment['device']}: {environment['device_name']}; the processor has {environment['instructions']} and "
         f"{bfloat16} bfloat16; {environment['threads']} threads; {versions}.\n"
-        f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}.{still}"
+        f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}."
+        f"{still}"
     )
 
 
