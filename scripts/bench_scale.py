@@ -111,7 +111,8 @@ def main() -> None:
     jobs = arguments.jobs.split(",")
     problem = missing_job(jobs, arguments.work, arguments.importance)
     if problem is not None:
-        parser.error(problem)
+        print(f"Error: {problem}", file=sys.stderr)
+        sys.exit(2)
     arguments.work.mkdir(parents=True, exist_ok=True)
     source, work = arguments.source, arguments.work
     importance = arguments.importance or work / "importance.json"
@@ -164,7 +165,7 @@ def main() -> None:
     decide += ["--mlp-prune-ratio", "0.25", "--mlp-method", "magnitude"]
     run("decide+prune", [*EVLA, "prune", str(source), str(pruned), *decide], source, compare="cp", keep=pruned)
     plan = work / "plan.yaml"
-    if (pruned / "prune_plan.yaml").is_file():
+    if "decide+prune" in jobs:
         shutil.copyfile(pruned / "prune_plan.yaml", plan)
     follow = [*EVLA, "prune", str(source), str(pruned), "--plan", str(plan)]
     run("prune-unchecked", [*follow, "--no-check"], source, compare="cp", keep=pruned)

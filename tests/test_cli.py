@@ -272,6 +272,18 @@ def test_keep_layers_says_the_same_the_other_way(cogact_run, importance_file, tm
     assert evla_json(*arguments, "--keep-layers", 4)["plan"]["dropped_layers"] == dropped
 
 
+def test_documented_help_is_what_a_process_prints(quick_python):
+    """Not what the script that writes the document makes of the same commands."""
+    text = (Path(__file__).parent.parent / "docs/cli.md").read_text()
+    documented = dict(re.findall(r"^## (evla[^\n]*)\n\n```\n(.*?)```$", text, re.MULTILINE | re.DOTALL))
+    assert list(documented) == ["evla", *(f"evla {name}" for name in sorted(COMMANDS))]
+    for title, expected in documented.items():
+        command = [str(quick_python), "-m", "evla_cli", *title.split()[1:], "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+        assert (done.stdout.rstrip(), done.stderr) == (expected.rstrip(), "")
+    assert all("-h, --help" in each for each in documented.values())
+
+
 # Options of prune that matter only beside others: what to give them, and beside what they do nothing.
 IDLE = {
     "--protect-first": (1, "--mlp-prune-ratio 0.5", "where no layer goes (--drop-layers)"),
