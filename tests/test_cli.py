@@ -22,6 +22,7 @@ from evla_cli.checkpoint import output_file
 from evla_cli.cli import prune
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
+from evla_cli.evaluation.report import action_table, stability_note
 from evla_cli.schema import from_mapping
 from evla_cli.settings import Recipe
 
@@ -332,6 +333,13 @@ def test_recipes_refuse_keys_that_do_nothing():
             from_mapping(Recipe, record, "recipe.yaml")
 
 
+def test_the_table_says_how_sure_the_last_choice_is():
+    found = {"last_dropped": 5, "first_kept": 7, "exchanged_share": 0.312, "num_resamples": 1000, "told_apart": False}
+    said = "That layer 5 goes rather than layer 7 is not sure: 31.2% of 1000 bootstrap resamples of the samples choose"
+    assert stability_note(found).startswith(said)
+    assert "rather than layer 7 is sure: 1.0%" in stability_note(found | {"exchanged_share": 0.01, "told_apart": True})
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(cogact_run, tmp_path):
     before = contents(cogact_run)
     text = evla("prune", cogact_run, tmp_path / "out", "--drop-layer-ids", "3,4", "--dry-run")
@@ -455,7 +463,10 @@ def test_predict_is_reproducible_and_in_the_robots_units(bundle, image_samples):
     assert evla_json(*arguments, "--seed", 3) == evla_json(*arguments, "--seed", 3)
     assert evla_json(*arguments, "--seed", 4)["actions"] != actions.tolist()
     assert np.abs(actions[:, 2] - 0.01).max() <= 0.03 + 1e-9  # between its q01 and q99
-    assert len(evla(*arguments).splitlines()) == 16 + 2
+    lines = evla(*arguments).splitlines()
+    assert lines[0].split() == ["step", "x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    assert len(lines) == 16 + 2
+    assert action_table(actions[:, :2]).split()[:3] == ["step", "a0", "a1"]
 
 
 def test_the_whole_way_of_a_compressed_policy(pruned, image_samples, tmp_path):

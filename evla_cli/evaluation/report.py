@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from evla_cli.pipeline import PruneResult
 
 
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # CogACT's seven, in order
+
+
 def print_json(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=2, allow_nan=False)
 
@@ -119,10 +122,11 @@ def _scores(plan: PrunePlan) -> dict[int, float]:
 
 def stability_note(stable: dict[str, Any]) -> str:
     last, first, share = stable["last_dropped"], stable["first_kept"], stable["exchanged_share"]
-    verdict = "can be told apart" if stable["told_apart"] else "cannot be told apart"
+    verdict = "is sure" if stable["told_apart"] else "is not sure"
     return (
-        f"Layers {last} (dropped) and {first} (kept) {verdict}: in {share:.1%} of {stable['num_resamples']} bootstrap "
-        'resamples of the samples the choice is the other. "dropped in": share of resamples.'
+        f"That layer {last} goes rather than layer {first} {verdict}: {share:.1%} of {stable['num_resamples']} "
+        "bootstrap resamples of the samples choose the other of the two. 'dropped in': the share of resamples in "
+        "which a layer goes."
     )
 
 
@@ -243,8 +247,13 @@ def inspect_table(facts: dict[str, Any]) -> str:
 
 def action_table(actions: "np.ndarray") -> str:
     """One row a time step."""
-    header = ["step", *(f"a{i}" for i in range(actions.shape[1]))]
+    header = ["step", *action_names(actions.shape[1])]
     return table(header, [[str(step), *(f"{value:+.4f}" for value in row)] for step, row in enumerate(actions)])
+
+
+def action_names(count: int) -> Sequence[str]:
+    """Of the action's dimensions; numbers where they are not CogACT's seven."""
+    return ACTION_NAMES if count == len(ACTION_NAMES) else [f"a{number}" for number in range(count)]
 
 
 def bench_table(record: dict[str, Any]) -> str:
@@ -368,9 +377,12 @@ def compare_table(record: dict[str, Any]) -> str:
         table(
             ["dimension", "normalised", "robot's units"],
             [
-                [str(number), *cells]
-                for number, cells in enumerate(
-                    zip(_intervals(both["normalized_error"]), _intervals(both["physical_error"]), strict=True)
+                list(cells)
+                for cells in zip(
+                    action_names(len(both["normalized_error"]["value"])),
+                    _intervals(both["normalized_error"]),
+                    _intervals(both["physical_error"]),
+                    strict=True,
                 )
             ],
         ),
