@@ -2,16 +2,22 @@
 
 A folder with `samples.jsonl`, one `{"image": "frames/0001.png", "instruction": "open the drawer"}` a line and the image
 files beside it; frames that follow one another in one recording say so by the same `"episode"`. Or for plain decoders a
-JSONL file of `{"text": "..."}`, or a text file with one sample a line. Files are read as far as samples are asked for.
+JSONL file of `{"text": "..."}`, or a text file with one sample a line, read as far as samples are asked for.
+
+Where the order of samples means nothing (analysis, refit, the choice of layers), `sort_samples` comes first: nothing
+that is written depends on how the lines of a file were shuffled.
 """
 
 import hashlib
 import io
 import json
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +27,11 @@ from evla_cli.errors import EvlaError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LOG = logging.getLogger(__name__)
 _EXAMPLES = {"image": '{"image": "0001.png", "instruction": "open the drawer"}', "text": '{"text": "..."}'}
-_HELD_OUT = 5  # every fifth sample judges what the others are fit to
+_HELD_OUT = 5  # one sample in five judges what the others are fit to
+_SEED = 0  # of which samples are taken, and of which are held out
+_NAMED = 3  # instructions in a warning; others are counted
 _MAX_PIXELS = 34_000_000  # a frame in 8K; more is a decompression bomb
 _MAX_SIDE = 65_535  # Pillow needs memory for every row
 _MAX_BYTES = 4 * _MAX_PIXELS
@@ -59,17 +68,31 @@ class Sample:
         assert self.image_path is not None
         return load_image(self.image_path, f"{self.where}: {self.image_path}")
 
+    @cached_property
     def content_sha256(self) -> str:
+        """Of its text, its instruction and its image file, which is read once for it."""
         digest = hashlib.sha256(json.dumps([self.text, self.instruction], ensure_ascii=False).encode())
-        if self.image_path is not None:
-            digest.update(
-                hashlib.sha256(_read_image_file(self.image_path, f"{self.where}: {self.image_path}")).digest()
-            )
+        digest.update(self.image_sha256)
         return digest.hexdigest()
+
+    @cached_property
+    def image_sha256(self) -> bytes:
+        """Nothing where there is no image."""
+        if self.image_path is None:
+            return b""
+        return hashlib.sha256(_read_image_file(self.image_path, f"{self.where}: {self.image_path}")).digest()
+
+    @property
+    def identity_sha256(self) -> str:
+        """Of its content and of the episode it is of, if that is known."""
+        return self.content_sha256 if self.episode is None else _sha256(self.content_sha256, self.episode)
 
 
 def load_samples(data: Path, kind: str, num_samples: int | None = None) -> list[Sample]:
-    """The first `num_samples` samples (all if None) of `kind` "image" or "text".
+    """All samples of `kind` "image" or "text", or `num_samples` of them, in the order of their file.
+
+    Of images those are spread over instructions and episodes, whatever the order of the lines; of texts they are the
+    first, and no more of the file is read.
 
     Errors: nothing there, an empty set, a line that is no JSON or lacks a field (with its number), a missing image.
     """
@@ -82,34 +105,153 @@ def load_samples(data: Path, kind: str, num_samples: int | None = None) -> list[
         raise EvlaError(f"{data} has no samples.jsonl (one {_EXAMPLES[kind]} a line).")
     if kind == "image" and file.suffix.lower() not in _JSON_LINES:
         raise EvlaError(f"{data} must be a folder with samples.jsonl (one {_EXAMPLES[kind]} a line).")
-    stream = _image_samples(file) if kind == "image" else _text_samples(file)
-    samples = []
-    for sample in stream:
-        samples.append(sample)
-        if len(samples) == num_samples:
-            break
+    samples = list(_image_samples(file) if kind == "image" else islice(_text_samples(file), num_samples))
     if not samples:
         raise EvlaError(f"{file} holds no samples.")
-    if num_samples is not None and len(samples) < num_samples:
+    if num_samples is None or num_samples == len(samples):
+        return samples
+    if len(samples) < num_samples:
         raise EvlaError(f"{file} holds {len(samples)} samples, --num-samples asks for {num_samples}.")
-    return samples
+    # By the names of their files: to hash a thousand images in order to take ten would take longer than the ten.
+    names = [os.path.relpath(sample.image_path or "", file.parent) for sample in samples]
+    return [samples[number] for number in sorted(spread(samples, names)[:num_samples])]
 
 
-def hold_out(samples: list[Sample], data: Path) -> tuple[list[Sample], list[Sample]]:
-    """Those that something is fit to, and every fifth, which judges the fit; at least one."""
-    if len(samples) < 2:
-        raise EvlaError(f"{data}: at least 2 samples are needed, one of them to judge what the others are fit to.")
-    judging = samples[_HELD_OUT - 1 :: _HELD_OUT] or samples[-1:]
-    return [sample for sample in samples if sample not in judging], judging
+def sort_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """By instruction, episode and content: the same for every order of the lines. Samples that are equal in all of
+    them stay as often as they are there."""
+    return sorted(samples, key=lambda sample: (sample.instruction, sample.episode or "", sample.content_sha256))
 
 
-def samples_sha256(samples: list[Sample]) -> str:
-    """Of the content of the samples that are used, in order: pixels as stored, instructions, texts."""
-    return combined_sha256([sample.content_sha256() for sample in samples])
+def spread(samples: Sequence[Sample], names: Sequence[str] | None = None) -> list[int]:
+    """The numbers of all samples in an order of which every beginning is spread over instructions and, within each,
+    over episodes: those take turns. Which comes first is drawn by a seed.
+
+    Args:
+        names: what tells the samples of an episode apart; by default their content.
+    """
+    names = names or [sample.content_sha256 for sample in samples]
+    nested: dict[str, dict[str, list[int]]] = {}  # instruction -> episode, or a sample of none -> numbers
+    for number, sample in enumerate(samples):
+        episode = names[number] if sample.episode is None else f"episode {sample.episode}"
+        nested.setdefault(sample.instruction, {}).setdefault(episode, []).append(number)
+    turns = []
+    for instruction in sorted(nested, key=_drawn):
+        episodes = nested[instruction]
+        turns.append(
+            _in_turn([sorted(episodes[e], key=lambda n: _drawn(names[n])) for e in sorted(episodes, key=_drawn)])
+        )
+    return _in_turn(turns)
 
 
-def combined_sha256(digests: list[str]) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def _in_turn(rows: list[list[int]]) -> list[int]:
+    """The first of every row, the second of every row, ..."""
+    longest = max(map(len, rows))
+    return [row[place] for place in range(longest) for row in rows if place < len(row)]
+
+
+def _drawn(name: str) -> str:
+    """Something to sort by: random, but the same for the same name, wherever it stands."""
+    return _sha256(str(_SEED), name)
+
+
+def hold_out(samples: Sequence[Sample], data: Path) -> tuple[list[Sample], list[Sample]]:
+    """Those that something is fit to, and those that judge the fit: a fifth of every instruction's, at least one in
+    all. Both are sorted by `sort_samples`.
+
+    An episode is on one side with all of its samples, and so is an image or a text that is there more than once. Which
+    are held out is drawn by a seed, whatever the order of the samples.
+
+    Errors: fewer than two episodes, images or texts.
+    """
+    samples = sort_samples(samples)
+    groups = _inseparable(samples)
+    if len(groups) < 2:
+        raise EvlaError(
+            f"{data}: at least 2 samples are needed, one of them to judge what the others are fit to, and those may "
+            f"not share an episode, an image or a text; of {len(samples)} here no two are apart."
+        )
+    judges = _judging(samples, groups)
+    fit_to = [sample for number, sample in enumerate(samples) if number not in judges]
+    judging = [sample for number, sample in enumerate(samples) if number in judges]
+    return fit_to, judging
+
+
+def warn_of_one_side(fit_to: Sequence[Sample], judging: Sequence[Sample]) -> None:
+    """Name the instructions of which no sample is fit to, or none judges the fit."""
+    _warn_of_one_side(*(frozenset(sample.instruction for sample in side) for side in (fit_to, judging)))
+
+
+@cache  # once, though the choice of layers and refit both hold out samples
+def _warn_of_one_side(fit_to: frozenset[str], judging: frozenset[str]) -> None:
+    alone = sorted(fit_to ^ judging)
+    if alone:
+        named = ", ".join(f"'{instruction}'" for instruction in alone[:_NAMED])
+        more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
+        LOG.warning(
+            "Of %d instructions %d are only among the samples that are fit to, or only among those held out to judge "
+            "the fit: %s%s. Give each samples of several episodes.",
+            len(fit_to | judging),
+            len(alone),
+            named,
+            more,
+        )
+
+
+def _inseparable(samples: Sequence[Sample]) -> list[list[int]]:
+    """The numbers of the samples, those together that share an episode, an image or a text, directly or through
+    others."""
+    group_of = list(range(len(samples)))  # number -> the lowest number that it is known to be together with
+
+    def lowest(number: int) -> int:
+        while group_of[number] != number:
+            number = group_of[number]
+        return number
+
+    first: dict[tuple[str, Any], int] = {}
+    for number, sample in enumerate(samples):
+        marks = [("content", sample.image_sha256 or sample.text)]
+        if sample.episode is not None:
+            marks.append(("episode", sample.episode))
+        for mark in marks:
+            one, other = sorted((lowest(first.setdefault(mark, number)), lowest(number)))
+            group_of[other] = one
+    groups: dict[int, list[int]] = {}
+    for number in range(len(samples)):
+        groups.setdefault(lowest(number), []).append(number)
+    return list(groups.values())
+
+
+def _judging(samples: Sequence[Sample], groups: list[list[int]]) -> set[int]:
+    """Numbers of the samples that are held out. Instruction by instruction, whole groups of its own are taken for as
+    long as that brings nearer to a fifth of all samples so far, but not all of them: what the fifth of one instruction
+    leaves over counts for the next."""
+    strata: dict[str, list[list[int]]] = {}
+    for group in groups:
+        strata.setdefault(samples[group[0]].instruction, []).append(group)
+
+    def drawn(group: list[int]) -> str:
+        return _drawn("".join(samples[number].identity_sha256 for number in group))
+
+    judges: set[int] = set()
+    seen = 0
+    for instruction in sorted(strata, key=_drawn):
+        own = sorted(strata[instruction], key=drawn)
+        seen += sum(map(len, own))
+        for group in own[: max(1, len(own) - 1)]:
+            wanted = seen / _HELD_OUT
+            if abs(len(judges) + len(group) - wanted) < abs(len(judges) - wanted):
+                judges.update(group)
+    return judges or set(sorted(groups, key=lambda group: (len(group), drawn(group)))[0])
+
+
+def samples_sha256(samples: Sequence[Sample]) -> str:
+    """Of the content of the samples that are used, in order: image files as stored, instructions, texts, episodes."""
+    return hashlib.sha256("".join(sample.identity_sha256 for sample in samples).encode()).hexdigest()
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
 def load_image(path: Path, where: str) -> "Image":

@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evla_cli.calibration import Sample, hold_out, load_samples, samples_sha256
+from evla_cli.calibration import (
+    Sample,
+    hold_out,
+    load_samples,
+    samples_sha256,
+    sort_samples,
+    spread,
+    warn_of_one_side,
+)
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint
@@ -45,7 +53,7 @@ class ChoiceOptions:
 
     Attributes:
         method, objective: of `settings.LAYER_METHODS` and `settings.OBJECTIVES`.
-        held_out: only every fifth sample judges, because the others are what layers are, or will be, fit to.
+        held_out: only a held-out fifth judges, because the others are what layers are, or will be, fit to.
         weights: how often a position of each kind counts; None: once.
     """
 
@@ -75,7 +83,7 @@ def choose_by_samples(
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
     if options.objective == "action" and checkpoint.family.action_head is None:
         raise EvlaError(f"{checkpoint.root} has no action head; use --objective hidden.")
-    samples = load_samples(options.data, checkpoint.family.sample_kind, options.num_samples)
+    samples = sort_samples(load_samples(options.data, checkpoint.family.sample_kind, options.num_samples))
     if num_drop == len(forced):
         return tuple(sorted(forced)), {"rounds": []}  # nothing is left to choose
     fit_to, judging = _split(samples, options)
@@ -97,7 +105,10 @@ def _split(samples: list[Sample], options: ChoiceOptions) -> tuple[list[Sample],
     if options.method != "refit-aware" and not options.held_out:
         return [], samples
     fit_to, judging = hold_out(samples, options.data)
-    return fit_to if options.method == "refit-aware" else [], judging
+    if options.method != "refit-aware":
+        return [], judging
+    warn_of_one_side(fit_to, judging)
+    return fit_to, [judging[number] for number in spread(judging)]  # as many of them judge as there is room for
 
 
 class _Choice:

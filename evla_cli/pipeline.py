@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evla_cli.bundling import check_export, finish_bundle, write_bundle_files
-from evla_cli.calibration import combined_sha256, load_image, load_samples
+from evla_cli.calibration import load_image, load_samples, samples_sha256, sort_samples
 from evla_cli.checking import check_values, fit_packed_layers
 from evla_cli.checkpoint.bundle import write_manifest
 from evla_cli.checkpoint.files import write_text, write_yaml
@@ -41,7 +41,15 @@ from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, check_fits, failures_of_transformers, out_of_memory
 from evla_cli.models.streaming import DecoderStream, captured_inputs
-from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, activations_file, has_activations
+from evla_cli.plan import (
+    PLAN,
+    TOWER_METRIC,
+    LayerImportance,
+    LayerScore,
+    PrunePlan,
+    activations_file,
+    has_activations,
+)
 from evla_cli.progress import progress_bar
 from evla_cli.ranks import ALONE, Ranks
 from evla_cli.refitting import RefitOptions, refit_layers
@@ -89,7 +97,7 @@ def analyze(
         _check_position_weights(checkpoint, weights)
         if checkpoint.tokenizer_dir is None:
             raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
-        samples = load_samples(data, checkpoint.family.sample_kind, num_samples)
+        samples = sort_samples(load_samples(data, checkpoint.family.sample_kind, num_samples))
     # Whole batches, so that every one is padded and computed as it would be by a single process.
     batches = ranks.share(math.ceil(len(samples) / batch_size))
     mine = samples[batches.start * batch_size : batches.stop * batch_size]
@@ -140,19 +148,19 @@ def analyze(
         action_head = _denoise_similarity(checkpoint, stream, ranks) if with_action_head else None
     (checkpoint_sha256,) = ranks.gather([reader.sha256] if ranks.first else [])
     reader.check_unchanged()
-    digests = ranks.gather([sample.content_sha256() for sample in mine])
     return LayerImportance(
         schema_version=SCHEMA_VERSION,
         metric="block_influence",
         num_samples=len(samples),
         checkpoint_sha256=checkpoint_sha256,
-        samples_sha256=combined_sha256(digests),
+        samples_sha256=samples_sha256(samples),
         layers=tuple(scores),
         family=checkpoint.family.name,
         dtype=dtype,
         batch_size=batch_size,
         action_head=action_head,
         vision=vision,
+        vision_metric=TOWER_METRIC if vision else None,
         position_weights=weights or None,
     )
 
@@ -352,6 +360,11 @@ def prune(
                         raise EvlaError("--vision-mlp-method activation needs --importance from evla analyze.")
                     read_towers = _given_tower_activations(importance, scores, checkpoint)
                 measured = scores.vision if scores else {}
+                if vision.drop_layers and scores and measured and scores.vision_metric != TOWER_METRIC:
+                    raise EvlaError(
+                        f"{importance} ranks the towers' blocks without regard to lengths, as older versions did: run "
+                        "evla analyze again."
+                    )
                 towers, facts = plan_towers(checkpoint, vision, measured, read_towers, seed)
                 plan = replace(plan, vision=towers, how=plan.how | facts)
         pruned = prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)

@@ -15,8 +15,9 @@ from evla_cli.errors import EvlaError, suggest
 from evla_cli.schema import SCHEMA_VERSION, check_schema_version, check_sha256, from_mapping, to_mapping
 
 METRICS = ("block_influence",)
+TOWER_METRIC = "relative_change"  # of the blocks in `vision`; older versions had none, and measured cosines there
 PLAN = "prune_plan.yaml"
-_OPTIONAL = ("action_head", "activations_sha256", "vision", "position_weights")
+_OPTIONAL = ("action_head", "activations_sha256", "vision", "vision_metric", "position_weights")
 _OPTIONAL_OF_LAYER = ("per_sample", "by_modality")
 _NUMBER_LIST = re.compile(r"\[\n([\s\d.,e+-]*)\]")  # one line each: a number a line would make a file that nobody opens
 
@@ -58,11 +59,16 @@ class LayerImportance:
     activations_sha256: str | None = None  # of the file that `activations_file` names, with --activations
     vision: dict[str, tuple[LayerScore, ...]] = field(default_factory=dict)  # tower -> every block that runs
     position_weights: dict[str, float] | None = None  # kind of position -> how often it counted; None: once
+    vision_metric: str | None = None  # what `vision` was measured by
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)
         if self.metric not in METRICS:
             raise EvlaError(f"Unknown metric '{self.metric}'. {suggest(self.metric, METRICS)}")
+        if self.vision_metric not in (None, TOWER_METRIC):
+            raise EvlaError(
+                f"Unknown vision_metric '{self.vision_metric}'. {suggest(self.vision_metric, [TOWER_METRIC])}"
+            )
         if self.num_samples < 1:
             raise EvlaError(f"num_samples must be at least 1, got {self.num_samples}.")
         check_sha256("checkpoint_sha256", self.checkpoint_sha256)

@@ -6,10 +6,10 @@ every kept MLP is moved so that the student's hidden states come as near as they
 the next kept layer (of the final norm, after the last). One ridge regression a layer absorbs the removed layers after
 it, its removed rows, and the drift of all layers before it.
 
-Two students go that way. One is fit to four samples of five, and what it is on the fifth chooses lambda and, at the
-end, whether refit helps at all; the other takes over its lambdas, is fit to all samples, and is what is written. A
-third, which is not refit, shows on the fifth what they are to be held against. Where vision towers are pruned, all
-three stand behind those towers, refit before.
+The student is fit to four samples of five, and what it is on the fifth chooses lambda and, at the end, whether refit
+helps at all. What was judged is what is written: nothing is fit to the samples that judge, so that they can judge the
+result, too. A second student, which is not refit, shows on the fifth what the first is to be held against. Where vision
+towers are pruned, both stand behind those towers, refit before.
 
 Held are: the dense layer and the student's, the next one being read, the sets of hidden states, one Gram matrix, and
 the rows of one layer that judge. The refit weights wait in an unnamed file until they are written.
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evla_cli.calibration import hold_out, load_samples, samples_sha256
+from evla_cli.calibration import hold_out, load_samples, samples_sha256, sort_samples, warn_of_one_side
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors, give_back_freed_memory, is_finite
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.errors import EvlaError
@@ -76,8 +76,9 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
     check_device(options.device)
     if checkpoint.tokenizer_dir is None:
         raise EvlaError(f"{checkpoint.root} has no tokenizer.json; copy the tokenizer's files there.")
-    samples = load_samples(options.data, checkpoint.family.sample_kind, options.num_samples)
+    samples = sort_samples(load_samples(options.data, checkpoint.family.sample_kind, options.num_samples))
     fit_to, held_out = hold_out(samples, options.data)
+    warn_of_one_side(fit_to, held_out)
     settings = {
         "samples_sha256": samples_sha256(samples),
         "num_samples": len(samples),
@@ -90,7 +91,7 @@ def refit_layers(checkpoint: Checkpoint, plan: PrunePlan, options: RefitOptions)
         raise EvlaError(f"The plan was refit with {key} {recorded.get(key)}, not {settings[key]}: give the same.")
     # Those that judge come last, so that at most one batch holds samples of both kinds.
     ordered = fit_to + held_out
-    sets = 5 if plan.vision else 4  # of hidden states: the dense model's, three students', what those begin with
+    sets = 4 if plan.vision else 3  # of hidden states: the dense model's, two students', what those begin with
     budget = None if options.memory_budget is None else parse_size(options.memory_budget) // sets
     num_fit = len(fit_to)
     towers, begin = None, None
@@ -167,7 +168,7 @@ _Rows = tuple[Tensor, Tensor, Tensor]
 
 
 class _Walk:
-    """The students on their way; the first `num_fit` samples are fit to by both, the others judge one of them."""
+    """The students on their way; the first `num_fit` samples are fit to, the others judge."""
 
     def __init__(
         self,
@@ -185,8 +186,7 @@ class _Walk:
         self._judges = [start + torch.arange(size) >= num_fit for start, size in zip(starts, sizes, strict=True)]
         self._kinds = [_position_kinds(stream, batch) for batch in stream.batches]
         self._counts = [_counts(stream, batch, last_weight) for batch in stream.batches]
-        self._judged = _Student(stream, begin, range(len(begin)), memory_budget)
-        self._written = _Student(stream, begin, range(len(begin)), memory_budget)
+        self._refit = _Student(stream, begin, range(len(begin)), memory_budget)
         judging = [number for number, judges in enumerate(self._judges) if bool(judges.any())]
         self._plain = _Student(stream, begin, judging, memory_budget)
         self._checked = False
@@ -195,28 +195,23 @@ class _Walk:
     def pass_through(self, layer: Any, arguments: list[dict[str, Any]], stored: torch.dtype) -> Fit:
         """Fit the layer to the teacher, and take all hidden states through it: the fit that is to be written."""
         if not self._checked:
-            check_mlp_is_added(layer, *self._written.call(0, arguments[0]))
+            check_mlp_is_added(layer, *self._refit.call(0, arguments[0]))
             self._checked = True
         down: nn.Linear = layer.mlp.down_proj
         as_it_was = down.weight
         self._plain.advance(layer, arguments)
-        fit = self._judged_fit(layer, down, arguments, stored)
+        fit = self._fit(layer, down, arguments, stored)
         _put(down, fit.weight, as_it_was)
-        self._judged.advance(layer, arguments)
-        down.weight = as_it_was
-        if fit.ridge is not None:
-            equations = self._equations(self._rows(self._written, layer, arguments), down)
-            fit = Fit(fit.ridge, _changed(as_it_was, equations.solution(fit.ridge), stored), fit.errors)
-            del equations
-        _put(down, fit.weight, as_it_was)
-        self._written.advance(layer, arguments)
+        self._refit.advance(layer, arguments)
         return fit
 
-    def _judged_fit(self, layer: Any, down: nn.Linear, arguments: list[dict[str, Any]], stored: torch.dtype) -> Fit:
+    def _fit(self, layer: Any, down: nn.Linear, arguments: list[dict[str, Any]], stored: torch.dtype) -> Fit:
         held = Scratch(_IN_MEMORY_BYTES)
-        judging = [held.hold(rows) for rows in self._rows(self._judged, layer, arguments, judges=True)]
+        judging = [held.hold(rows) for rows in self._rows(layer, arguments, judges=True)]
         total = sum(float(counts.sum()) * residual.shape[1] for _, residual, counts in judging)
-        equations = self._equations(self._rows(self._judged, layer, arguments, judges=False), down)
+        equations = NormalEquations(down.in_features, down.out_features, down.weight.device)
+        for inputs, residual, counts in self._rows(layer, arguments, judges=False):
+            equations.add(inputs, residual, counts)
 
         def error(weight: Tensor | None) -> float:
             change = None if weight is None else weight.to(torch.float32, copy=True).sub_(down.weight)
@@ -228,22 +223,14 @@ class _Walk:
         self._ridge = fit.ridge
         return fit
 
-    def _equations(self, rows: Iterator[_Rows], down: nn.Linear) -> NormalEquations:
-        equations = NormalEquations(down.in_features, down.out_features, down.weight.device)
-        for inputs, residual, counts in rows:
-            equations.add(inputs, residual, counts)
-        return equations
-
-    def _rows(
-        self, student: "_Student", layer: Any, arguments: list[dict[str, Any]], judges: bool | None = None
-    ) -> Iterator[_Rows]:
-        """By batch, at real positions: what goes into down_proj (N, K), what the layer's output lacks (N, D), and how
-        often each position counts (N). `judges`: only those samples that do, or do not; None: all."""
+    def _rows(self, layer: Any, arguments: list[dict[str, Any]], judges: bool) -> Iterator[_Rows]:
+        """Of the samples that judge, or of the others, by batch, at real positions: what goes into down_proj (N, K),
+        what the layer's output lacks (N, D), and how often each position counts (N)."""
         for number, (batch, judging) in enumerate(zip(self._stream.batches, self._judges, strict=True)):
-            chosen = torch.ones_like(judging) if judges is None else judging == judges
+            chosen = judging == judges
             if not bool(chosen.any()):
                 continue
-            inputs, output = student.run(layer, number, arguments[number])
+            inputs, output = self._refit.run(layer, number, arguments[number])
             teacher, _ = self._stream.on_device(batch)
             counts = self._counts[number].to(output.device)
             rows = (counts > 0) & chosen.to(output.device)[:, None]  # (B, T)
@@ -256,7 +243,7 @@ class _Walk:
         for number, states in self._plain.hidden_states.items():
             teacher, _ = self._stream.on_device(self._stream.batches[number])
             target = norm(teacher)
-            for which, student in enumerate((states, self._judged.hidden_states[number])):
+            for which, student in enumerate((states, self._refit.hidden_states[number])):
                 off = (norm(move(student, self._stream.device)) - target).double().square().mean(dim=2).cpu()  # (B, T)
                 for kind, positions in self._kinds[number].items():
                     found = off[positions & self._judges[number][:, None]]

@@ -10,14 +10,15 @@ from typing import Any
 
 from evla_cli import __version__, pipeline
 from evla_cli.bundling import check_export
-from evla_cli.calibration import load_samples, samples_sha256
+from evla_cli.calibration import hold_out, load_samples, samples_sha256, sort_samples
 from evla_cli.checkpoint.bundle import MANIFEST, differing_files, library_versions, open_manifest
 from evla_cli.checkpoint.files import Stamp, file_stamp, known_sha256, read_json, sha256_file
 from evla_cli.checkpoint.outputs import check_apart, check_space, clear_leftovers, locked, made_directory, write_file
 from evla_cli.checkpoint.tensors import total_bytes
 from evla_cli.checkpoint.writer import parse_size
 from evla_cli.choosing import ChoiceOptions
-from evla_cli.errors import EvlaError
+from evla_cli.errors import EvlaError, one_line
+from evla_cli.evaluation.held_out import HeldOutError, judge
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.methods.layer_pruning import prune_weights
@@ -47,10 +48,19 @@ class StageState:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What `judge_recipe` found, and the hash of everything that it was found with."""
+
+    inputs: str
+    result: HeldOutError
+
+
+@dataclass(frozen=True)
 class RunState:
     """`run.json`, in the recipe's output directory.
 
     Attributes:
+        held_out: how far the result is from the source.
         sha256: of weight files, by their stamps.
         check: hash of that table. Nothing else would show that an entry is wrong: files are not read to see.
     """
@@ -59,6 +69,7 @@ class RunState:
     stages: dict[str, StageState] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     check: str = ""
+    held_out: Judgement | None = None
 
     @property
     def known(self) -> dict[str, str]:
@@ -113,6 +124,52 @@ def run_recipe(
         return _run_stages(recipe, path, source, stages, resources)
 
 
+def judge_recipe(path: Path, *, dtype: str | None = None, resources: Resources | None = None) -> HeldOutError | str:
+    """How far the recipe's result, which `run_recipe` made, is from its source on samples that refit did not see; or
+    why that is not measured. What was measured with the same inputs is not measured again.
+
+    Args:
+        dtype: to compute in, see `judge`.
+    """
+    resources = resources or Resources()
+    recipe = _computed_in(dtype, Recipe.load(path))
+    if recipe.prune is None and recipe.export is None:
+        return "the recipe makes nothing that could be held against its source"
+    if recipe.analyze is None:
+        return "the recipe has no analyze section, which names samples"
+    if recipe.export is not None and recipe.export.settings.visual_tokens.method == "vla_cache":
+        return "vla_cache remembers frames, and held-out samples do not follow one another; see evla compare"
+    output, data = path.parent / recipe.output, path.parent / recipe.analyze.samples
+    source = open_checkpoint(path.parent / recipe.source)
+    samples = sort_samples(load_samples(data, source.family.sample_kind, recipe.analyze.num_samples))
+    try:
+        _, held_out = hold_out(samples, data)
+    except EvlaError as error:  # nothing was fit to them, else prune had refused them
+        return one_line(error).rstrip(".")
+    with locked(output / ".run.lock", output):
+        stages = _Stages(output, source)
+        result = stages.outputs["prune" if recipe.export is None else "export"]
+        inputs = {
+            "source": source.reader.sha256,
+            "small_files": source.small_files_sha256(),
+            "result": sha256_file(_listing(result)),
+            "samples": samples_sha256(samples),
+            "dtype": dtype,
+        }
+
+        def work() -> HeldOutError:
+            return judge(
+                path.parent / recipe.source,
+                result,
+                held_out,
+                device=resources.device,
+                dtype=dtype,
+                memory_budget=resources.memory_budget,
+            )
+
+        return stages.judged(_key("held_out", inputs), work)
+
+
 def _computed_in(dtype: str | None, recipe: Recipe) -> Recipe:
     if dtype is None:
         return recipe
@@ -152,7 +209,7 @@ def _run_stages(
         analyze = recipe.analyze
         importance = stages.outputs["analyze"]
         data = path.parent / analyze.samples
-        samples = load_samples(data, source.family.sample_kind, analyze.num_samples)
+        samples = sort_samples(load_samples(data, source.family.sample_kind, analyze.num_samples))
         analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
         with_activations = recipe.prune is not None and recipe.prune.needs_activations
         if with_activations:
@@ -260,7 +317,7 @@ class _Stages:
         for dest in (*self.outputs.values(), output / STATE):
             clear_leftovers(dest)
         state = RunState.load(output / STATE)
-        self._done = dict(state.stages)
+        self._done, self._judgement = dict(state.stages), state.held_out
         known_sha256.update({_from_text(text): sha256 for text, sha256 in state.known.items()})
 
     def check(self, num_bytes: dict[str, int], overwrite: bool) -> None:
@@ -303,10 +360,20 @@ class _Stages:
 
     def _enter(self, stage: str, key: str, output: Path) -> None:
         self._done[stage] = StageState(key, sha256_file(_listing(output)), _stamps(output))
+        self._write_state()
+
+    def judged(self, key: str, work: Callable[[], HeldOutError]) -> HeldOutError:
+        """What `work` finds, unless that is known."""
+        if self._judgement is None or self._judgement.inputs != key:
+            self._judgement = Judgement(key, work())
+            self._write_state()
+        return self._judgement.result
+
+    def _write_state(self) -> None:
         paths = [*self._source.reader.files, *(path for path in self._output.rglob("*") if path.is_file())]
         hashes = {_to_text(stamp): known_sha256.get(stamp) for stamp in map(file_stamp, paths)}
         known = {text: sha256 for text, sha256 in hashes.items() if sha256 is not None}
-        state = to_mapping(RunState(SCHEMA_VERSION, self._done, known, _table_sha256(known)))
+        state = to_mapping(RunState(SCHEMA_VERSION, self._done, known, _table_sha256(known), self._judgement))
         write_file(self._output / STATE, json.dumps(state, indent=2) + "\n", overwrite=True)
 
 

@@ -10,8 +10,8 @@ was read through once. The baselines: `cp` for what writes a checkpoint, one for
 over the same samples for what computes (same dtype, same batch size, same kernels, loading not counted). "prune"
 follows a plan, "prune-unchecked" does so with --no-check; "decide+prune" chooses layers and rows first, by importance
 and by magnitude. "refit", which only runs where `--jobs` names it (most of an hour), is "decide+prune" with `--refit`
-on the same samples, in float32, against the forward pass; "refit+towers" prunes and refits the vision towers, too, to
-the recommended sizes.
+on the same samples, in float32, against the forward pass; "refit+towers" removes 10 blocks and
+a quarter of the rows of each vision tower, too, and refits them.
 """
 
 import argparse

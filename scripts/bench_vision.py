@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from evla_cli import pipeline
-from evla_cli.calibration import Sample, load_samples
+from evla_cli.calibration import Sample, hold_out, load_samples
 from evla_cli.checkpoint.tensors import total_elements
 from evla_cli.evaluation.compare import with_pruned_towers
 from evla_cli.evaluation.fidelity import Fidelity, Predictions, fidelity, predict_samples
@@ -90,10 +90,8 @@ def main() -> None:
     for name, options in VARIANTS.items():
         dest = arguments.output / name.replace(" ", "_").replace("%", "percent")
         result = pipeline.prune(DENSE, dest, importance=importance, vision=options, refit=RefitOptions(fit))
-        calibration = load_samples(fit, "image")
-        judges = calibration[4::5]  # as in evla_cli.refitting
-        ordered = [sample for sample in calibration if sample not in judges] + judges
-        towers = refit_towers(checkpoint, result.plan, ordered, len(ordered) - len(judges), 8, "cpu", None)
+        fit_to, judging = hold_out(load_samples(fit, "image"), fit)  # as in evla_cli.refitting
+        towers = refit_towers(checkpoint, result.plan, fit_to + judging, len(fit_to), 8, "cpu", None)
         plain = policy_from_weights(with_pruned_towers(checkpoint, result.plan), dtype=torch.float32)
         for kind, policy in (
             ("no", plain),

@@ -16,7 +16,7 @@ import torch
 from evla_cli import pipeline
 from evla_cli.evaluation.latency import STAGES, Batch, measure_latency
 from evla_cli.evaluation.rollout import Candidate, evaluate
-from evla_cli.evaluation.success import wilson_interval
+from evla_cli.evaluation.success import verdict, wilson_interval
 from evla_cli.evaluation.suites import Suite
 from evla_cli.evaluation.suites.metaworld import TASKS, MetaWorld, MetaWorldScene, phrasing
 from evla_cli.runtime.policy import policy_from_checkpoint
@@ -107,28 +107,29 @@ def measure(run: Path, samples: Path, work: Path, episodes: int, fewer: int, pro
         options: dict[str, Any] = {"episodes": count, "num_workers": processes, "dtype": "float32"}
         return evaluate([trained, *candidates], suite, work / f"{log}.jsonl", **options)["candidates"]
 
-    first, steps = rows(MetaWorld(), "policies", [variants[two_steps]], episodes)
-    fewer_first, *others = rows(
+    first, chance, steps = rows(MetaWorld(), "policies", [variants[two_steps]], episodes)
+    fewer_first, fewer_chance, *others = rows(
         MetaWorld(), "policies", [variant for name, variant in variants.items() if name != two_steps], fewer
     )
     table = {
         f"control: {name}": control_row(suite, rows(suite, name.split()[0], [], fewer)[0], fewer_first)
         for name, suite in (("opposite instruction", Opposite()), ("blind", Blind()))
     }
-    table |= {row["name"]: paired_row(row) for row in (*others[:-1], steps, others[-1])}
+    compared = (chance, fewer_chance | {"name": f"{chance['name']}, fewer episodes"}, *others[:-1], steps, others[-1])
+    table |= {row["name"]: paired_row(row) for row in compared}
     (run / "README.md").write_text(model_card(first, table, stage_shares(run)), encoding="utf-8")
 
 
-def control_row(suite: Suite, row: dict[str, Any], trained: dict[str, Any]) -> tuple[str, str]:
+def control_row(suite: Suite, row: dict[str, Any], trained: dict[str, Any]) -> tuple[str, str, str]:
     """Success under the control, and without it in the same episodes."""
     same = [trained["tasks"][task] for task in suite.tasks]
-    return rate(row["all"]), rate({key: sum(task[key] for task in same) for key in ("successes", "episodes")})
+    return rate(row["all"]), rate({key: sum(task[key] for task in same) for key in ("successes", "episodes")}), ""
 
 
-def paired_row(row: dict[str, Any]) -> tuple[str, str]:
+def paired_row(row: dict[str, Any]) -> tuple[str, str, str]:
     everything, against = row["all"], row["against_first"]
     same = {"successes": everything["successes"] - against["gained"] + against["lost"]}
-    return rate(everything), rate(everything | same)
+    return rate(everything), rate(everything | same), verdict(against["real"])
 
 
 def rate(row: dict[str, Any]) -> str:
@@ -137,14 +138,14 @@ def rate(row: dict[str, Any]) -> str:
     return f"{total}/{count} = {total / count:.0%} ({low:.0%} to {high:.0%})"
 
 
-def model_card(trained: dict[str, Any], others: dict[str, tuple[str, str]], stages: dict[str, float]) -> str:
+def model_card(trained: dict[str, Any], others: dict[str, tuple[str, str, str]], stages: dict[str, float]) -> str:
     """README.md of the run: how it was made and what was measured."""
     total = sum(stages.values())
     times = [f"| {stage.replace('_', ' ')} | {value:.1f} | {value / total:.0%} |" for stage, value in stages.items()]
     return _CARD.format(
         total=rate(trained["all"]),
         per_task="\n".join(f"| {task} | {rate(row)} |" for task, row in trained["tasks"].items()),
-        others="\n".join(f"| {name} | {mine} | {same} |" for name, (mine, same) in others.items()),
+        others="\n".join(f"| {name} | {mine} | {same} | {real} |" for name, (mine, same, real) in others.items()),
         times="\n".join(times),
     )
 
@@ -194,10 +195,11 @@ interval (Wilson). DDIM with 10 steps, guidance 1.5, float32 arithmetic on the b
 The same episodes and the same diffusion noise in both columns. Layers count from 0 and are ranked by `evla analyze`
 over `../samples`. The opposite instruction asks to close what the task wants opened, or the other way round, and the
 task's own success is counted; the blind policy sees the first frame of another episode all the time. "By score" is
-EfficientVLA's choice of visual tokens.
+EfficientVLA's choice of visual tokens. A difference is real if its 95 % interval excludes 0 and it is larger than the
+farther end of the interval of the row with other noise, of as many episodes: what chance alone does.
 
-| | success | as trained, same episodes |
-|---|---|---|
+| | success | as trained, same episodes | real |
+|---|---|---|---|
 {others}
 
 ## Where the time goes

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITE = tuple(
     f"tests/test_{name}.py"
     for name in (
-        *("models", "policy", "visual_tokens", "action_cache", "frame_cache", "simpler"),
+        *("models", "golden", "policy", "visual_tokens", "action_cache", "frame_cache", "simpler"),
         *("streaming", "layer_importance", "mlp_pruning"),
     )
 )

@@ -74,7 +74,7 @@ def test_what_is_recommended_prunes_the_towers_and_more_tokens_too():
     ):
         ours, theirs = (Recipe.load(ROOT / "configs" / f"{recipe}.yaml") for recipe in (recommended, refit))
         assert ours.prune.vision_mlp_prune_ratio == 0.25
-        assert replace(ours.prune, vision_drop_layers=0, vision_mlp_prune_ratio=0.0) == theirs.prune
+        assert replace(ours.prune, vision_mlp_prune_ratio=0.0) == theirs.prune  # no block of a tower goes
         assert ours.export.settings.visual_tokens.num_keep == 40 * images // 256
         kept = replace(ours.export.settings.visual_tokens, num_keep=theirs.export.settings.visual_tokens.num_keep)
         assert replace(ours.export.settings, visual_tokens=kept) == theirs.export.settings
@@ -112,7 +112,22 @@ def test_table_has_the_papers_eight_rows():
         assert (10 - made.prune.drop_layers, made.prune.mlp_prune_ratio) == (layers, 0.25)
         assert (row.settings.visual_tokens.num_keep, row.settings.action_cache.interval) == (tokens, 5)
     headline = ROOT / "configs" / "eval" / "demo_headline.yaml"
-    assert set(from_mapping(CandidateList, read_yaml(headline), str(headline)).candidates) <= every
+    few = from_mapping(CandidateList, read_yaml(headline), str(headline)).candidates
+    assert set(few) <= every
+    assert [row.name.partition(" (")[0] for row in few] == ["dense", "EfficientVLA", "refit", "recommended"]
+
+
+@pytest.mark.parametrize("name", ["table", "headline", "contrasts"])
+def test_make_makes_every_bundle_that_it_evaluates(name):
+    path = ROOT / "configs" / "eval" / f"demo_{name}.yaml"
+    makefile = (ROOT / "Makefile").read_text()
+    (commands,) = re.findall(rf"^eval-{name}:.*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    recipes = [ROOT / recipe for recipe in re.findall(r"evla run (\S+)", commands)]
+    made = {(recipe.parent / Recipe.load(recipe).output / "bundle").resolve() for recipe in recipes}
+    rows = from_mapping(CandidateList, read_yaml(path), str(path)).candidates
+    asked = {(path.parent / row.checkpoint).resolve() for row in rows} - {ROOT / "demo" / "cogact-metaworld"}
+    assert asked == made
+    assert f"evla eval configs/eval/demo_{name}.yaml $(METAWORLD)" in commands
 
 
 SECTIONS = {

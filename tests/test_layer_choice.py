@@ -14,7 +14,7 @@ from test_refit import ridge_reference
 from transformers import AutoModelForCausalLM
 
 from evla_cli import pipeline
-from evla_cli.calibration import load_samples
+from evla_cli.calibration import hold_out, load_samples, sort_samples
 from evla_cli.choosing import ChoiceOptions
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
@@ -53,10 +53,13 @@ def choose(source, data, dest, method, objective="hidden", num_drop=2, **options
 class Naive:
     """`states(dropped)`: for every sample what each layer that is left sees, and in the end gives; and the output."""
 
-    def __init__(self, source, data):
+    def __init__(self, source, data, held_out_last=False):
         self.checkpoint = open_checkpoint(source)
         family = self.checkpoint.family
-        self.samples = load_samples(data, family.sample_kind)
+        self.samples = sort_samples(load_samples(data, family.sample_kind))
+        if held_out_last:
+            fit_to, judging = hold_out(self.samples, data)
+            self.samples = fit_to + judging
         if family.name == "decoder":
             load = {"dtype": torch.float64, "attn_implementation": "eager"}
             self.model = AutoModelForCausalLM.from_pretrained(source, **load).eval()
@@ -167,7 +170,7 @@ def test_action_equals_removing_and_acting(cogact_run, image_samples, tmp_path, 
 def test_refit_aware_equals_refitting_whole_models(decoders, text_samples, tmp_path, model_type):
     """Every run by numpy's least squares, every single removal by a model with that layer gone and that weight changed,
     every set of layers by adding up."""
-    naive, num_layers = Naive(decoders(model_type), text_samples), 6
+    naive, num_layers = Naive(decoders(model_type), text_samples, held_out_last=True), 6
     dense = naive.states()
     states = [  # by layer and sample: the input of layer j, or what the last one gives
         [seen[j][0] if j < num_layers else seen[-1][1] for seen, _, _ in dense] for j in range(num_layers + 1)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,11 +163,29 @@ cli(["exchange"])
 def test_who_waits_for_a_dead_rank_says_so(quick_python, tmp_path):
     """All but the dead one wait for it; the first alone speaks."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    job = start(quick_python, 3, tmp_path / "script.py")
-    _, stderr = finish(job, seconds=120)
-    assert job.returncode == 1
+    first, second, dead = without_torchrun(quick_python, 3, tmp_path / "script.py")
+    _, stderr = finish(first, seconds=120)
+    assert first.returncode == 2
     (error,) = errors(stderr)
     assert error.startswith("Error: Another process of this job ended before its time; torchrun's report says which")
+    assert (finish(second)[1], second.returncode) == ("", 2)
+    assert (finish(dead)[1], dead.returncode) == ("", -signal.SIGKILL)
+
+
+def without_torchrun(python: Path, num_ranks: int, script: Path) -> list[subprocess.Popen]:
+    """A job of which nobody ends the others once one is dead, as torchrun would, sooner or later than they notice."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "job"}
+    job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for size in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        job[size] = str(num_ranks)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([str(python), str(script)], env={**job, "RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        for rank in map(str, range(num_ranks))
+    ]
 
 
 def processes(**environment: str) -> Iterator[int]:

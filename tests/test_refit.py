@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from evla_cli import pipeline
-from evla_cli.calibration import load_samples
+from evla_cli.calibration import hold_out, load_samples
 from evla_cli.errors import EvlaError
 from evla_cli.evaluation.report import prune_table
 from evla_cli.families import open_checkpoint
@@ -191,24 +191,23 @@ def through(model, tokens: list[torch.Tensor]) -> list[list[tuple[np.ndarray, np
 
 
 def test_equals_a_naive_computation_on_whole_models(decoders, text_samples, refit, tmp_path):
-    """Float64, one unpadded sample at a time, everything computed anew for every layer; llama has biases here. One
-    student is fit to four samples and judged by the fifth, the other is fit to all with the ridges of the first."""
+    """Float64, one unpadded sample at a time, everything computed anew for every layer; llama has biases here. The
+    student is fit to four samples and judged by the fifth, and is what is written."""
     plain = tmp_path / "plain"
     pipeline.prune(decoders("llama"), plain, **PRUNED)
     tokenizer = load_tokenizer(plain)
-    tokens = [torch.tensor(tokenizer.encode(sample.text).ids) for sample in load_samples(text_samples, "text")]
+    fit_to, judging = hold_out(load_samples(text_samples, "text"), text_samples)
+    assert (len(fit_to), len(judging)) == (4, 1)
+    tokens = [torch.tensor(tokenizer.encode(sample.text).ids) for sample in fit_to + judging]
     load = {"dtype": torch.float64, "attn_implementation": "eager"}
     dense = through(AutoModelForCausalLM.from_pretrained(decoders("llama"), **load).eval(), tokens)
-    judged, written = (AutoModelForCausalLM.from_pretrained(plain, **load).eval() for _ in range(2))
+    student = AutoModelForCausalLM.from_pretrained(plain, **load).eval()
     kept, found = [0, 1, 4, 5], report(refit)["layers"]
     for position, layer in enumerate(kept):
         target = ([*kept, 6])[position + 1] - 1  # the layer whose output the next kept layer reads
 
-        def lacking(model, position=position, target=target) -> list[tuple[np.ndarray, np.ndarray]]:
-            states = [sample[position] for sample in through(model, tokens)]
-            return [(inputs, dense[n][target][1] - output) for n, (inputs, output) in enumerate(states)]
-
-        rows, everything = lacking(judged), stacked(lacking(written))
+        states = [sample[position] for sample in through(student, tokens)]
+        rows = [(inputs, dense[n][target][1] - output) for n, (inputs, output) in enumerate(states)]
         fit, held_out = stacked(rows[:4]), stacked(rows[4:])
         candidates = {None: np.zeros((32, 64))} | {ridge: ridge_reference(*fit, ridge) for ridge in RIDGES}
         left = {ridge: held_out[1] - held_out[0] @ change.T for ridge, change in candidates.items()}
@@ -216,11 +215,9 @@ def test_equals_a_naive_computation_on_whole_models(decoders, text_samples, refi
         best = min(errors, key=lambda ridge: errors[ridge])
         assert found[layer]["ridge"] == best
         np.testing.assert_allclose(found[layer]["held_out_rms"], [errors[None], errors[best]], rtol=1e-4)
-        changes = {judged: candidates[best], written: 0 if best is None else ridge_reference(*everything, best)}
-        for model, change in changes.items():
-            model.model.layers[position].mlp.down_proj.weight.data += torch.as_tensor(change)
+        weight = student.model.layers[position].mlp.down_proj.weight
+        weight.data += torch.as_tensor(candidates[best])
         # Hidden states are float32 on one side; weights are of order 0.1, the least ridge magnifies rounding 1e4 times.
-        weight = written.model.layers[position].mlp.down_proj.weight
         np.testing.assert_allclose(
             down_projections(refit)[position].numpy(), weight.detach().numpy(), rtol=0, atol=2e-4
         )
@@ -228,9 +225,9 @@ def test_equals_a_naive_computation_on_whole_models(decoders, text_samples, refi
     ends = [
         model.model.norm(torch.from_numpy(states[4][-1][1])).detach().numpy()
         for model, states in (
-            (judged, dense),  # the norm is the same in all
-            (judged, through(AutoModelForCausalLM.from_pretrained(plain, **load).eval(), tokens)),
-            (judged, through(judged, tokens)),
+            (student, dense),  # the norm is the same in all
+            (student, through(AutoModelForCausalLM.from_pretrained(plain, **load).eval(), tokens)),
+            (student, through(student, tokens)),
         )
     ]
     expected = [np.square(end - ends[0]).mean() ** 0.5 for end in ends[1:]]

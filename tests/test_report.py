@@ -7,6 +7,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pico
@@ -22,8 +23,11 @@ from test_visual_tokens import literal_selection
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
 from evla_cli.evaluation import figures, latency
+from evla_cli.evaluation.episode_log import LoggedEpisodes
 from evla_cli.evaluation.flops import count_flops
 from evla_cli.evaluation.pictures import inputs, measured
+from evla_cli.evaluation.pictures.speed_success import matched
+from evla_cli.evaluation.success import against, is_real
 from evla_cli.runtime.policy import load_policy, policy_from_checkpoint
 
 pytest.importorskip("matplotlib")
@@ -252,8 +256,45 @@ def test_speed_and_success_meet_by_name(whole, timed):
         assert (row["successes"], row["episodes"]) == (sum(outcomes), 7)
         expected = timing["speedup"]["dense"]["whole"] if row["name"] != "dense" else {"value": 1.0}
         assert row["speedup"]["value"] == expected["value"]
+    dense, *others = found["rows"]
+    assert dense["against"] is None
+    compared = against_dense(log)
+    control = compared["dense, other noise"]
+    for row in others:  # the control row was not timed, and judges all the same
+        mine = compared[row["name"]]
+        assert row["control"] == "dense, other noise"
+        assert row["control_reach"] == max(map(abs, control["interval"]))
+        assert row["against"] == mine | {"episodes": 7, "real": is_real(mine, control)}
+    said = Page(whole[0] / "index.html").text
+    assert "the farther end of the interval of 'dense, other noise', which is chance alone" in said
     stages = numbers(whole[0], "stage_times")["rows"]
     assert [row["name"] for row in stages] == ["dense", "compressed", "random, 5 tokens"]
+
+
+def against_dense(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each candidate, from the log's lines."""
+    outcomes: dict[str, dict[tuple[str, int], bool]] = {}
+    for line in log:
+        if "success" in line:
+            outcomes.setdefault(line["candidate"], {})[line["task"], line["episode"]] = line["success"]
+    dense = outcomes.pop("dense")
+    return {
+        name: against([[mine[key]] for key in dense], [[dense[key]] for key in dense])
+        for name, mine in outcomes.items()
+    }
+
+
+def test_without_a_control_row_nothing_is_real():
+    identities = {name: {"settings": {"visual_tokens": {"method": "evla"}}, "noise_stream": 0} for name in "ab"}
+    log = LoggedEpisodes({}, identities, {(name, "t", i, 0): name == "a" for name in "ab" for i in range(50)})
+    row = {"settings": identities["a"]["settings"], "latency_ms": {"whole": {"median": 1.0}}}
+    rows = [row | {"name": "a", "speedup": {}}, row | {"name": "b", "speedup": {"a": {"whole": {"value": 2.0}}}}]
+    found, left_out = matched({"references": ["a"], "rows": rows}, log)
+    assert (found[1]["against"]["difference"], found[1]["against"]["real"], left_out) == (-1.0, None, [])
+    log.identities["c"] = identities["a"] | {"noise_stream": 1}
+    assert matched({"references": ["a"], "rows": rows}, log)[0][1]["against"]["real"] is None  # not run yet
+    log.success.update({("c", "t", i, 0): i != 3 for i in range(40)})
+    assert matched({"references": ["a"], "rows": rows}, log)[0][1]["against"]["real"] is True
 
 
 @pytest.mark.slow
@@ -264,7 +305,15 @@ def test_rows_that_do_not_belong_together_are_left_out(made, timed, tmp_path):
     bench["rows"].append(bench["rows"][1] | {"name": "another"})
     bench["rows"].insert(0, bench["rows"][0] | {"name": "dense, stock"})
     bench["references"].insert(0, "dense, stock")
-    more = {"candidate": "untimed", "task": "left", "episode": 0, "seed": 100, "success": True, "steps": 3}
+    more = {
+        "candidate": "untimed",
+        "task": "left",
+        "episode": 0,
+        "repetition": 0,
+        "seed": 100,
+        "success": True,
+        "steps": 3,
+    }
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     (tmp_path / "log.jsonl").write_text("\n".join([*log, json.dumps(more), '{"candidate": "dense", "ta']))
     named = ("--bench", tmp_path / "bench.json", "--results", tmp_path / "log.jsonl", "--runs", 0)

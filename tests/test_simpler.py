@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from test_cli import evla_error, evla_json
 
 from evla_cli.errors import EvlaError
-from evla_cli.evaluation.suites.simpler import TASKS
+from evla_cli.evaluation.suites.simpler import TASKS, Simpler
 from evla_cli.runtime.policy import Policy, load_policy, policy_from_checkpoint
 from evla_cli.runtime.simpler import ROBOT_SETUPS, AdaptiveEnsemble, SimplerPolicy, StickyGripper, euler_to_axis_angle
 
@@ -248,6 +248,26 @@ def test_its_evaluator_runs_our_policy(with_simpler, robot_run):
     assert names == {f"run-{task}-0000.gif" for task in tasks}
 
 
+def test_what_it_executes_is_its_own_matter(with_simpler, robot_run):
+    """It asks for an action at every step, and averages those that were predicted for it."""
+    options = ("--suite", "simpler", "-o", with_simpler / "log.jsonl", "--tasks", "widowx_stack_cube")
+    error = evla_error("eval", robot_run, *options, "--execute", 4)
+    assert error == "Error: --execute: this suite decides itself which actions of a chunk it executes; leave it out.\n"
+
+
+def test_statistics_are_each_robots_unless_told_otherwise(with_simpler, robot_run, cogact_run):
+    log = with_simpler / "log.jsonl"
+    options = ("--suite", "simpler", "-o", log, "--tasks", "widowx_stack_cube", "--episodes", 1)
+    error = evla_error("eval", cogact_run, *options)
+    assert "run has no statistics of 'bridge_orig' for widowx_stack_cube; --unnorm-key names others. " in error
+    evla_json("eval", cogact_run, *options, "--unnorm-key", "kitchen")
+    sent = [json.loads(line)["sent"] for line in (with_simpler / "trace.jsonl").read_text().splitlines()]
+    log.unlink()
+    evla_json("eval", robot_run, *options)
+    (again,) = [json.loads(line)["sent"] for line in (with_simpler / "trace.jsonl").read_text().splitlines()][1:]
+    assert sent == [again]  # the same numbers by another name
+
+
 def test_conditions_are_those_of_the_scripts():
     counts = {name: len(task.each) for name, task in TASKS.items()}
     assert counts == {
@@ -299,6 +319,8 @@ def test_without_a_vulkan_driver(robot_run, with_simpler, monkeypatch):
     error = refusal(robot_run, with_simpler)
     assert "SAPIEN cannot render here (Vulkan is incompatible with your driver. You may not use the" in error
     assert "it needs a Vulkan driver" in error
+    with pytest.raises(EvlaError, match="SAPIEN cannot render here"):
+        Simpler().check()
 
 
 def test_a_checkout_without_its_pictures(with_simpler, robot_run):

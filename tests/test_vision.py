@@ -13,7 +13,6 @@ import numpy as np
 import pico
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ from test_refit import ridge_reference
 
 import evla_cli.vision.refitting as vision_refitting
 from evla_cli import pipeline
-from evla_cli.calibration import load_samples
+from evla_cli.calibration import hold_out, load_samples
 from evla_cli.cli.main import cli
 from evla_cli.errors import EvlaError
 from evla_cli.evaluation.compare import compare
@@ -82,8 +81,9 @@ def blocks_of(model) -> dict[str, torch.nn.ModuleList]:
 
 
 def inputs_of(policy, image_samples):
-    """Sample by sample: nothing is padded."""
-    for sample in load_samples(image_samples, "image"):
+    """Sample by sample: nothing is padded. The last of the five is held out."""
+    fit_to, judging = hold_out(load_samples(image_samples, "image"), image_samples)
+    for sample in fit_to + judging:
         yield policy.processor([sample.image], [sample.instruction]).to(torch.empty(0, dtype=torch.float64))
 
 
@@ -159,9 +159,11 @@ class TestAnalyze:
             assert len(result.vision[name]) == RUNNING[name]
             for number, score in enumerate(result.vision[name]):
                 pairs = [tuple(torch.from_numpy(rows[number][i][PREFIX[name] :]) for i in (0, 2)) for rows in samples]
-                cosines = [float(F.cosine_similarity(x, y, dim=1).mean()) for x, y in pairs]
-                assert score.importance == pytest.approx(1 - np.mean(cosines), rel=1e-4)
-                assert score.standard_error == pytest.approx(np.std(cosines, ddof=1) / len(cosines) ** 0.5, rel=1e-2)
+                changes = [
+                    float(((x - y).square().sum(dim=1) / (2 * x.norm(dim=1) * y.norm(dim=1))).mean()) for x, y in pairs
+                ]
+                assert score.importance == pytest.approx(np.mean(changes), rel=1e-4)
+                assert score.standard_error == pytest.approx(np.std(changes, ddof=1) / len(changes) ** 0.5, rel=1e-2)
                 hidden = np.vstack([rows[number][1][PREFIX[name] :] for rows in samples])
                 expected = np.sqrt(np.square(hidden).mean(axis=0))
                 np.testing.assert_allclose(channels[f"{name}.{number}"].numpy(), expected, rtol=1e-4)
@@ -172,7 +174,8 @@ class TestAnalyze:
         monkeypatch.setattr(cogact, "COGACT", replace(cogact.COGACT, towers={}))
         alone = pipeline.analyze(run, image_samples, batch_size=2)
         assert alone.vision == {}
-        assert replace(LayerImportance.load(importance), vision={}, activations_sha256=None) == alone
+        without = {"vision": {}, "vision_metric": None, "activations_sha256": None}
+        assert replace(LayerImportance.load(importance), **without) == alone
         assert "vision" not in json.loads(alone.to_json())
 
     def test_a_file_without_towers_is_read(self, importance, tmp_path):
@@ -180,6 +183,31 @@ class TestAnalyze:
         del record["vision"]
         (tmp_path / "old.json").write_text(json.dumps(record))
         assert LayerImportance.load(tmp_path / "old.json").vision == {}
+
+    @pytest.mark.parametrize("factor", [4.0, 2.0**20, 2.0**-20])
+    def test_a_block_that_changes_lengths_alone_does_most(self, run, image_samples, factor, tmp_path, monkeypatch):
+        """By its cosines it would do least. Features leave a tower as they are, with no norm to make lengths equal."""
+        from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+        forward, seen = SiglipEncoderLayer.forward, []
+
+        def scaled(block, hidden_states, *arguments, **options):
+            seen.append(block)
+            if list(dict.fromkeys(map(id, seen))).index(id(block)) == 1:
+                return hidden_states * factor
+            return forward(block, hidden_states, *arguments, **options)
+
+        monkeypatch.setattr(SiglipEncoderLayer, "forward", scaled)
+        blocks = pipeline.analyze(run, image_samples, batch_size=5).vision["siglip"]
+        assert max(blocks, key=lambda score: score.importance).index == 1
+        assert blocks[1].importance == pytest.approx((factor + 1 / factor) / 2 - 1, rel=1e-5)
+
+    def test_a_ranking_by_cosines_alone_drops_no_block(self, run, importance, tmp_path):
+        record = json.loads(importance.read_text())
+        del record["vision_metric"]
+        (tmp_path / "importance.json").write_text(json.dumps(record))
+        with pytest.raises(EvlaError, match="without regard to lengths, as older versions did: run evla analyze again"):
+            pipeline.prune(run, tmp_path / "out", importance=tmp_path / "importance.json", vision=VisionOptions(1))
 
 
 class TestPrune:
@@ -395,8 +423,8 @@ class TestRefit:
         assert "does not bring the features of siglip nearer" in prune_table(result)
 
     def test_the_decoder_makes_up_for_the_towers(self, run, importance, image_samples, refit, tmp_path):
-        """The written last layer is numpy's least squares behind everything before it, from pixels on, on all
-        samples; what refit of the decoder is held against is the model with refit towers and its decoder as it was."""
+        """The written last layer is numpy's least squares behind everything before it, from pixels on, on the samples
+        that are not held out; what refit is held against is the model with refit towers and its decoder as it was."""
         pipeline.prune(run, tmp_path / "plain", importance=importance, drop_ids=[3], vision=PRUNED)
         report = PrunePlan.load(refit / "prune_plan.yaml").how["refit_report"]
         dense, ours, plain = (model64(directory).model for directory in (run, refit, tmp_path / "plain"))
@@ -413,7 +441,7 @@ class TestRefit:
             counts = np.ones(len(output))
             counts[-1] = len(output)  # the cognition token, as often as all positions of its sample
             rows.append([np.sqrt(counts)[:, None] * part for part in (inputs, teacher - output)])
-        change = ridge_reference(*map(np.vstack, zip(*rows, strict=True)), report["layers"][5]["ridge"])
+        change = ridge_reference(*map(np.vstack, zip(*rows[:4], strict=True)), report["layers"][5]["ridge"])
         # Hidden states are float32 on one side; the least ridge magnifies rounding 1e4 times.
         np.testing.assert_allclose((written - before).numpy(), change, rtol=0, atol=2e-3)
         assert np.abs(change).max() > 0.02

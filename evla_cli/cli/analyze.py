@@ -26,7 +26,11 @@ Examples:
 @click.argument("source", type=PATH)
 @click.option("--samples", "data", type=PATH, required=True, help="Folder with samples.jsonl, or a file of texts.")
 @click.option("-o", "--output", type=PATH, required=True, help="Where importance.json goes.")
-@click.option("--num-samples", type=int, help="Use the first N samples (default: all).")
+@click.option(
+    "--num-samples",
+    type=int,
+    help="Use N samples, spread over instructions and episodes; of texts the first N (default: all).",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--dtype", type=DTYPE_CHOICE, default="float32", show_default=True, help="To compute in.")
 @click.option("--memory-budget", metavar="SIZE", help="For hidden states, such as 2GiB; more go to a temporary file.")
@@ -63,7 +67,8 @@ def command(
     """Measure how much each decoder layer of SOURCE does, and each block of its vision towers.
 
     The importance of a layer is 1 minus the mean cosine of its input and output over calibration samples: a layer that
-    changes nothing scores 0. Layers are read one at a time, so a checkpoint need not fit into memory.
+    changes nothing scores 0. Of a tower's block, what it does to lengths counts, too: its features are not normed.
+    Layers are read one at a time, so a checkpoint need not fit into memory. The order of the samples means nothing.
 
     For a model that acts, the table also has every layer's importance over the visual tokens, the text and the
     cognition token alone. The total counts every position once, as the paper does, unless --position-weight says

@@ -16,7 +16,7 @@ Examples:
 @click.argument("first", metavar="A", type=PATH)
 @click.argument("second", metavar="B", type=PATH)
 @click.option("--samples", "data", type=PATH, required=True, help="Folder with samples.jsonl.")
-@click.option("--num-samples", type=int, help="Use the first N samples (default: all).")
+@click.option("--num-samples", type=int, help="Use N, spread over instructions and episodes (default: all).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--unnorm-key", help="Dataset whose statistics un-normalise (needed if both models know several).")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the diffusion noise and the intervals.")

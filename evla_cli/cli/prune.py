@@ -113,7 +113,11 @@ Examples:
     help="How often a sample's last position counts in the fit, where others count once (default: in a VLA, whose "
     "cognition token it is, as often as all positions of the sample together; in a text once).",
 )
-@click.option("--num-samples", type=int, help="Of --samples: use the first N (default: all).")
+@click.option(
+    "--num-samples",
+    type=int,
+    help="Of --samples: use N, spread over instructions and episodes; of texts the first N (default: all).",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Of --samples.")
 @click.option("--memory-budget", metavar="SIZE", help="For hidden states of --samples; more go to a temporary file.")
 @device_option
@@ -165,8 +169,9 @@ def command(
     DEST has SOURCE's own layout: layers are renumbered, the config is adapted, everything else is copied.
 
     With --refit, the last linear layer of every MLP that stays is fit to the dense model's hidden states on calibration
-    samples, in closed form: it makes up for what was removed before it and in it. Every fifth sample judges the fit to
-    the others; where that does not bring it nearer to the dense model, all weights stay as they are.
+    samples, in closed form: it makes up for what was removed before it and in it. A fifth of them, whole episodes of
+    every instruction, judges the fit to the others; where that does not bring it nearer to the dense model, all weights
+    stay as they are.
 
     The table says which layers other samples might have chosen: in how many of 1000 bootstrap resamples each goes.
     """

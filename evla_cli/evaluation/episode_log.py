@@ -1,8 +1,11 @@
 """The log of `evla eval`: JSON lines, each written when an episode ends; a run goes on where the log ends.
 
-{"evla_eval": 1, "suite": "metaworld", "first_seed": 30000, ...}                      what all episodes share
+{"evla_eval": 2, "suite": "metaworld", "first_seed": 30000, ...}                      what all episodes share
 {"candidate": "bundle", "identity": {"manifest_sha256": "...", "settings": {...}}}    before its first episode
-{"candidate": "bundle", "task": "drawer-open", "episode": 0, "seed": 30000, "success": true, "steps": 61}
+{"candidate": "bundle", "task": "drawer-open", "episode": 0, "repetition": 0, "seed": 30000, "success": true, ...}
+
+`episode` counts a task's start states, `repetition` the episodes of one, each with other noise. In format 1 a start
+state had one episode, and episodes of a number had the same noise in every task.
 """
 
 import json
@@ -18,8 +21,8 @@ from evla_cli.checkpoint.outputs import locked
 from evla_cli.errors import EvlaError
 from evla_cli.evaluation.suites import Outcome, Trial
 
-_VERSION = 1
-Key = tuple[str, str, int]  # candidate, task, number of the episode
+_VERSION = 2
+Key = tuple[str, str, int, int]  # candidate, task, number of the start state, repetition
 
 
 @dataclass
@@ -37,13 +40,19 @@ class LoggedEpisodes:
 
     def take(self, record: dict[str, Any]) -> None:
         if self.header is None:
-            if record.pop("evla_eval") != _VERSION:
-                raise ValueError("another version")
+            version = record.pop("evla_eval")
+            if version != _VERSION:
+                raise _OtherVersionError(version)
             self.header = record
         elif "identity" in record:
             self.identities[record["candidate"]] = record["identity"]
         else:
-            self.success[record["candidate"], record["task"], record["episode"]] = bool(record["success"])
+            key = (record["candidate"], record["task"], record["episode"], record["repetition"])
+            self.success[key] = bool(record["success"])
+
+
+class _OtherVersionError(Exception):
+    pass
 
 
 def read_log(path: Path) -> LoggedEpisodes:
@@ -56,6 +65,20 @@ def read_log(path: Path) -> LoggedEpisodes:
     if logged.header is None:
         raise EvlaError(f"{path} is empty; evla eval -o writes such a log.")
     return logged
+
+
+def control_row(identities: Mapping[str, dict[str, Any]]) -> str | None:
+    """The name of the first candidate's twin with other noise, if there is one.
+
+    Args:
+        identities: by name, the first candidate's first.
+    """
+    first, *others = identities
+    for name in others:
+        differ = {key for key, value in identities[name].items() if identities[first].get(key) != value}
+        if differ == {"noise_stream"} and identities[name].keys() == identities[first].keys():
+            return name
+    return None
 
 
 class EpisodeLog:
@@ -106,6 +129,7 @@ class EpisodeLog:
                 "candidate": candidate,
                 "task": trial.task,
                 "episode": trial.number,
+                "repetition": trial.repetition,
                 "seed": trial.seed,
                 "success": outcome.success,
                 "steps": outcome.steps,
@@ -165,6 +189,11 @@ def _parsed(data: bytes, path: Path) -> LoggedEpisodes:
     for number, line in enumerate(data[: _whole_lines(data) or None].splitlines(), start=1):
         try:
             logged.take(parse_json(line.decode()))
+        except _OtherVersionError as error:
+            raise EvlaError(
+                f"{path} is a log of another version of evla (format {error}, not {_VERSION}), whose episodes had "
+                "other noise: the two must not be mixed. Name another file, and run its episodes again."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvlaError(f"{path}, line {number}: this is not a log of evla eval. Name another file.") from error
     return logged
@@ -181,7 +210,7 @@ def _opened(path: Path) -> Iterator[FileIO]:
 
 
 def _key(candidate: str, trial: Trial) -> Key:
-    return candidate, trial.task, trial.number
+    return candidate, trial.task, trial.number, trial.repetition
 
 
 def _short(value: Any) -> str:

@@ -12,11 +12,13 @@ from evla_cli.checkpoint.tensors import total_bytes, total_elements
 from evla_cli.families import open_checkpoint
 from evla_cli.families.base import Checkpoint
 from evla_cli.families.quantized import quantization
-from evla_cli.plan import LayerImportance, LayerScore, PrunePlan, StackPlan, ranked
+from evla_cli.methods.mlp_pruning import width_multiple
+from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan, StackPlan, ranked
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from evla_cli.evaluation.held_out import HeldOutError
     from evla_cli.pipeline import PruneResult
 
 
@@ -82,9 +84,9 @@ def prune_table(result: "PruneResult") -> str:
         table([*header, *(["dropped in"] if stable else [])], rows),
         *([] if stable is None else [stability_note(stable)]),
         f"decoder layers   {plan.num_layers} -> {len(plan.keep_layers)}",
-        f"MLP width        {plan.intermediate_size} -> {plan.kept_intermediate_size}"
+        f"MLP width        {_widths(plan, plan.how.get('mlp_prune_ratio'))}"
         + (f"  ({plan.how['mlp_method']})" if plan.mlp_keep else ""),
-        *(_tower_line(name, tower) for name, tower in plan.vision.items()),
+        *_tower_lines(plan),
         f"parameters       {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M  ({after / before:.1%})",
         f"weights on disk  {result.bytes_after / 1e6:,.1f} MB",
     ]
@@ -101,12 +103,43 @@ def prune_table(result: "PruneResult") -> str:
     return "\n".join(lines)
 
 
-def _tower_line(name: str, tower: StackPlan) -> str:
-    blocks, dropped = f"{tower.num_layers} -> {len(tower.keep_layers)}", ", ".join(map(str, tower.dropped_layers))
-    return (
-        f"{name:16} {blocks} blocks (without {dropped or 'none'}), "
-        f"MLP width {tower.intermediate_size} -> {tower.kept_intermediate_size}"
-    )
+def _tower_lines(plan: PrunePlan) -> list[str]:
+    lines = []
+    for name, tower in plan.vision.items():
+        blocks, dropped = f"{tower.num_layers} -> {len(tower.keep_layers)}", ", ".join(map(str, tower.dropped_layers))
+        width = _widths(tower, plan.how.get("vision_mlp_prune_ratio"))
+        lines.append(f"{name:16} {blocks} blocks (without {dropped or 'none'}), MLP width {width}")
+    return lines
+
+
+def _widths(stack: StackPlan, asked: float | None) -> str:
+    """Before and after; where rounding makes it another share than was asked for, which."""
+    before, after = stack.intermediate_size, stack.kept_intermediate_size
+    removed, rounding = 1 - after / before, ""
+    if asked and abs(removed - asked) >= 0.0005:
+        multiple = width_multiple(before)
+        rounding = f" ({removed:.1%} go, not {asked:.1%}: widths are multiples of {multiple})"
+    return f"{before} -> {after}{rounding}"
+
+
+def stage_verdicts(stage: str, output: Path) -> list[str]:
+    """What a stage of `evla run` found about itself, from what it wrote: one line each."""
+    if stage == "analyze":
+        found = LayerImportance.load(output)
+        least = ", ".join(map(str, found.ranking()[:3]))
+        return [f"{found.num_samples} samples; the layers that do least: {least}"]
+    return plan_verdicts(PrunePlan.load(output / PLAN)) if stage == "prune" else []
+
+
+def plan_verdicts(plan: PrunePlan) -> list[str]:
+    """What goes, how sure that is, and whether refit helped."""
+    dropped = ", ".join(map(str, plan.dropped_layers)) or "none"
+    width = _widths(plan, plan.how.get("mlp_prune_ratio"))
+    lines = [f"{plan.num_layers} -> {len(plan.keep_layers)} layers (without {dropped}), MLP width {width}"]
+    lines += [" ".join(line.split()) for line in _tower_lines(plan)]
+    stable, refit = plan.how.get("stability"), plan.how.get("refit_report")
+    lines += [stability_note(stable)] if stable else []
+    return lines + (refit_verdicts(refit) if refit else [])
 
 
 def _scores(plan: PrunePlan) -> dict[int, float]:
@@ -144,13 +177,41 @@ def refit_table(report: dict[str, Any]) -> str:
         rows.append([end, f"{before:.5f}", f"{after:.5f}", ""])
     note = f"Distance of hidden states from the dense model's on {report['num_held_out']} held-out samples of "
     note += f"{report['num_samples']}, without refit and with it."
-    for name in [name for name, (before, after) in towers.items() if after >= before]:
-        note += f"\nRefit does not bring the features of {name} nearer: all weights of this tower stay as they were."
-    if not report["helps"]:
-        judging = list(report["final_rms"])[-1]
+    return "\n".join([table(["refit layer", "before", "after", "lambda"], rows), note, *refit_verdicts(report)])
+
+
+def refit_verdicts(report: dict[str, Any]) -> list[str]:
+    """Whether refit helped, and what became of the weights where it did not."""
+    lines = []
+    for name, (before, after) in report.get("vision_final_rms", {}).items():
+        if after < before:
+            lines.append(f"Refit brings the features of {name} nearer: {before:.5f} -> {after:.5f}.")
+        else:
+            lines.append(
+                f"Refit does not bring the features of {name} nearer: all weights of this tower stay as they were."
+            )
+    judging, (before, after) = list(report["final_rms"].items())[-1]
+    if report["helps"]:
+        lines.append(f"Refit brings the end nearer ({judging}): {before:.5f} -> {after:.5f}.")
+    else:
         which = "all weights of the decoder" if "vision" in report else "all weights"
-        note += f"\nRefit does not bring the end nearer ({judging}): {which} stay as they were."
-    return table(["refit layer", "before", "after", "lambda"], rows) + f"\n{note}"
+        lines.append(f"Refit does not bring the end nearer ({judging}): {which} stay as they were.")
+    return lines
+
+
+def held_out_line(found: "HeldOutError | str") -> str:
+    """The last line of `evla run`."""
+    if isinstance(found, str):
+        return f"held-out error: not measured ({found})"
+    what = {
+        "action": "held-out action error",
+        "hidden": "held-out error of the last hidden states, over their length",
+    }[found.measure]
+    interval = "" if found.low is None else f" [{found.low:.4f}, {found.high:.4f}]"
+    of = "" if found.num_samples == found.num_held_out else f" of {found.num_held_out}"
+    noise = "from the same noise, " if found.measure == "action" else ""
+    samples = f"{found.num_samples}{of} held-out samples"
+    return f"{what}: {found.value:.4f}{interval} ({noise}{samples})"
 
 
 def inspection(source: Path) -> dict[str, Any]:

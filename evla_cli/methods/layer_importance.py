@@ -1,5 +1,8 @@
 """How much each decoder layer does: 1 - mean cosine of its input and output (EfficientVLA, arXiv 2506.10100, Eq. 1).
 
+A decoder ends in a norm, to which the length of what leaves it is nothing. What leaves a vision tower is not normed:
+there the length counts, too.
+
 Letters used here: B batch, T positions, D hidden size.
 """
 
@@ -15,6 +18,14 @@ from torch import Tensor
 def position_similarity(inputs: Tensor, outputs: Tensor) -> Tensor:
     """Cosine of a layer's input and output at every position, in float32: two (B, T, D) -> (B, T)."""
     return F.cosine_similarity(inputs.float(), outputs.float(), dim=-1, eps=1e-12)
+
+
+def position_likeness(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The cosine less what the lengths differ by, so that 1 - likeness = |out - in|^2 / (2 |in| |out|), in float32: two
+    (B, T, D) -> (B, T). Where both are of the same length it is the cosine; it has no lower bound."""
+    inputs, outputs = inputs.float(), outputs.float()
+    before, after = (torch.linalg.vector_norm(states, dim=-1).clamp_min(1e-12) for states in (inputs, outputs))
+    return position_similarity(inputs, outputs) + 1 - (before / after + after / before) / 2
 
 
 def sample_similarity(similarity: Tensor, mask: Tensor | None) -> Tensor:

@@ -32,9 +32,14 @@ def prune_width(intermediate_size: int, mlp_prune_ratio: float, multiple: int | 
     if mlp_prune_ratio == 0:
         return intermediate_size
     if multiple is None:
-        multiple = next((m for m in _MULTIPLES if intermediate_size >= 2 * m), 1)
+        multiple = width_multiple(intermediate_size)
     wanted = math.floor(intermediate_size * (1 - mlp_prune_ratio) / multiple + 0.5)
     return multiple * min(max(wanted, 1), intermediate_size // multiple)
+
+
+def width_multiple(intermediate_size: int) -> int:
+    """What widths are rounded to."""
+    return next((multiple for multiple in _MULTIPLES if intermediate_size >= 2 * multiple), 1)
 
 
 def magnitude_scores(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What each block of a vision tower does, seen while calibration samples pass through on their way to the decoder.
 
-Patches alone count: class and register tokens are no part of what the towers hand on.
+Patches alone count: class and register tokens are no part of what the towers hand on. The importance of a block is
+|out - in|^2 / (2 |in| |out|), mean over them: the features leave a tower as they are, long or short.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from evla_cli.errors import EvlaError
 from evla_cli.families.base import Checkpoint, Tower
-from evla_cli.methods.layer_importance import importance_and_error, position_similarity, sample_similarity
+from evla_cli.methods.layer_importance import importance_and_error, position_likeness, sample_similarity
 from evla_cli.methods.mlp_pruning import channel_energy
 from evla_cli.plan import LayerScore
 from evla_cli.ranks import Ranks
@@ -20,7 +21,7 @@ Energies = list[tuple[Tensor, int]]  # by batch: sum of squares of every channel
 
 
 class TowerMeter:
-    """Gathers, for every block that runs, the similarity of its input and output by sample and, `with_channels`, the
+    """Gathers, for every block that runs, the likeness of its input and output by sample and, `with_channels`, the
     energy of its MLP channels by batch. `watch` is for `DecoderStream`."""
 
     def __init__(self, checkpoint: Checkpoint, with_channels: bool = False):
@@ -46,7 +47,7 @@ class TowerMeter:
         similarities, energies = self._similarities[name][number], self._energies[name][number]
 
         def compare(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            values = sample_similarity(position_similarity(arguments[0][:, begin:], output[:, begin:]), None)
+            values = sample_similarity(position_likeness(arguments[0][:, begin:], output[:, begin:]), None)
             if not bool(values.isfinite().all()):
                 raise EvlaError(
                     f"Block {number} of the {name} tower gives NaN or infinite hidden states in {output.dtype}; try "

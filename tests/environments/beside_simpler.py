@@ -21,23 +21,50 @@ from evla_cli.runtime.policy import policy_from_checkpoint
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "demo" / "cogact-metaworld"
 TASK = "widowx_carrot_on_plate"
+TASKS = (TASK, "widowx_stack_cube")
+EPISODES = 5  # of each
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The demo's model, its actions as small as those robots': it acts, and solves nothing."""
+    """The demo, and statistics for both robots as if it had seen their datasets: it acts, and solves nothing."""
     run = tmp_path_factory.mktemp("robots") / "run"
     shutil.copytree(DEMO, run)
     file = run / "dataset_statistics.json"
-    (statistics,) = json.loads(file.read_text()).values()
-    largest = [0.02, 0.02, 0.02, 0.05, 0.05, 0.05, 1.0]
-    statistics["action"] |= {"q01": [-value for value in largest[:6]] + [0.0], "q99": largest}
-    file.write_text(json.dumps({"bridge_orig": statistics, "fractal20220817_data": statistics}))
+    statistics = json.loads(file.read_text())
+    (own,) = statistics.values()
+    largest = [0.02, 0.02, 0.02, 0.05, 0.05, 0.05, 1.0]  # metres, radians, gripper: as far as these robots go a step
+    by_hand = own | {"action": own["action"] | {"q01": [-value for value in largest[:6]] + [0.0], "q99": largest}}
+    file.write_text(json.dumps(statistics | {"bridge_orig": by_hand, "fractal20220817_data": by_hand}))
     return run
 
 
+def test_ten_episodes_in_two_tasks_are_the_same_again(run, tmp_path):
+    """Log and films, byte for byte: in one process, then by two workers, to which episodes come in another order."""
+    logs, films = [], []
+    for workers in (1, 2):
+        folder = tmp_path / f"by {workers}"
+        folder.mkdir()
+        options = ("--tasks", ",".join(TASKS), "--episodes", EPISODES, "--dtype", "float32", "--workers", workers)
+        filmed = ("--video", folder / "films", "--video-episodes", ",".join(map(str, range(EPISODES))))
+        log = folder / "log.jsonl"
+        record = json.loads(evla("eval", run, "--suite", "simpler", "-o", log, *options, *filmed, "--json", "--quiet"))
+        assert record["candidates"][0]["all"]["episodes"] == len(TASKS) * EPISODES
+        header, identity, *lines = log.read_text().splitlines()
+        logs.append((header, identity, sorted(lines)))
+        films.append({path.name: path.read_bytes() for path in (folder / "films").iterdir()})
+    assert [len(film) for film in films] == [len(TASKS) * EPISODES] * 2
+    assert len(set(films[0].values())) == len(films[0])  # no episode is another's
+    assert logs[0] == logs[1]
+    assert films[0] == films[1]
+    episodes = [json.loads(line) for line in logs[0][2]]
+    assert [(line["task"], line["episode"], line["steps"]) for line in episodes] == [
+        (task, number, 120) for task in TASKS for number in range(EPISODES)
+    ]
+
+
 def test_the_command_on_both_robots(run, tmp_path):
-    tasks = {TASK: 120, "google_robot_pick_coke_can": 80}
+    tasks = {"widowx_put_eggplant_in_basket": 120, "google_robot_pick_coke_can": 80}
     log = tmp_path / "log.jsonl"
     options = ("--tasks", ",".join(tasks), "--episodes", 1, "--video", tmp_path / "videos", "--dtype", "float32")
     record = json.loads(evla("eval", run, "--suite", "simpler", "-o", log, *options, "--json", "--quiet"))

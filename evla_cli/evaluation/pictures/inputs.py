@@ -2,11 +2,12 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from evla_cli.calibration import Sample, load_samples
+from evla_cli.calibration import Sample, load_samples, spread
 from evla_cli.checkpoint.bundle import MANIFEST, SETTINGS, open_bundle
 from evla_cli.checkpoint.files import read_json
 from evla_cli.errors import EvlaError
@@ -139,7 +140,7 @@ def open_inputs(request: Request) -> Inputs:
         plan,
         importance,
         samples,
-        _chosen(request, len(samples)),
+        _chosen(request, samples),
         None if request.bench is None else read_bench(request.bench),
         None if request.results is None else read_log(request.results),
         key,
@@ -224,8 +225,9 @@ def _importance(file: Path, plan: PrunePlan | None) -> tuple[LayerImportance, Pa
     ), None
 
 
-def _chosen(request: Request, num_samples: int) -> tuple[int, ...]:
-    """Those that were named, or a few from all over the set."""
+def _chosen(request: Request, samples: Sequence[Sample]) -> tuple[int, ...]:
+    """Those that were named, or a few of different instructions and episodes."""
+    num_samples = len(samples)
     if request.samples is None:
         if request.chosen:
             raise EvlaError("--sample chooses among the samples of --samples, which is missing.")
@@ -233,5 +235,4 @@ def _chosen(request: Request, num_samples: int) -> tuple[int, ...]:
     for index in request.chosen:
         if not 0 <= index < num_samples:
             raise EvlaError(f"--sample {index}: {request.samples} holds {num_samples} samples, 0 to {num_samples - 1}.")
-    shown = min(_NUM_SAMPLES, num_samples)
-    return tuple(dict.fromkeys(request.chosen)) or tuple(index * num_samples // shown for index in range(shown))
+    return tuple(dict.fromkeys(request.chosen)) or tuple(sorted(spread(samples)[:_NUM_SAMPLES]))

@@ -14,7 +14,7 @@ from evla_cli.runtime.policy import Policy
 
 IMAGE_SIZE = 112  # pixels a side
 MAX_STEPS = 200
-NUM_EXECUTED = 8  # actions of a chunk, before the model looks again
+NUM_EXECUTED = 8  # actions of a chunk, or all of a shorter one, before the model looks again
 FIRST_SEED = 30_000  # training, validation and calibration samples of the demo model lie below
 
 
@@ -128,6 +128,7 @@ class MetaWorld:
 
     tasks = tuple(TASKS)
     first_seed = FIRST_SEED
+    num_executed = NUM_EXECUTED
 
     def __init__(self) -> None:
         self._scene: MetaWorldScene | None = None
@@ -141,17 +142,20 @@ class MetaWorld:
 
     def facts(self) -> dict[str, Any]:
         libraries = {name: version(name) for name in ("metaworld", "mujoco")}
-        return {"image_size": IMAGE_SIZE, "max_steps": MAX_STEPS, "num_executed": NUM_EXECUTED, **libraries}
+        return {"image_size": IMAGE_SIZE, "max_steps": MAX_STEPS, **libraries}
 
     def num_episodes(self, task: str) -> tuple[int, int | None]:
         return 50, None
+
+    def unnorm_key(self, task: str) -> None:
+        return None  # statistics of this robot have no name that all checkpoints use
 
     def run_episode(self, policy: Policy, trial: Trial, on_frame: OnFrame | None = None) -> Outcome:
         if self._scene is None or self._scene.task != trial.task:
             if self._scene is not None:
                 self._scene.close()
             self._scene = self.open(trial.task)
-        return act_in_chunks(self._scene, policy, trial, MAX_STEPS, NUM_EXECUTED, on_frame)
+        return act_in_chunks(self._scene, policy, trial, MAX_STEPS, self.num_executed, on_frame)
 
     def open(self, task: str) -> "MetaWorldScene":
         return MetaWorldScene(task)

@@ -24,7 +24,7 @@ import numpy as np
 from evla_cli.errors import EvlaError
 from evla_cli.evaluation.suites import OnFrame, Outcome, Trial
 from evla_cli.runtime.policy import Policy
-from evla_cli.runtime.simpler import SimplerPolicy
+from evla_cli.runtime.simpler import ROBOT_SETUPS, SimplerPolicy
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,8 @@ class Simpler:
 
     tasks = tuple(TASKS)
     first_seed = 0  # of the diffusion noise; the initial conditions are listed above
+    num_executed = None  # a prediction every step, the last ones averaged
+    _renderer = ""  # the device's name, once it was asked for
 
     def check(self) -> None:
         if find_spec("simpler_env") is None:
@@ -194,21 +196,29 @@ class Simpler:
                 "--suite simpler needs ffmpeg, with which SIMPLER's evaluator writes a video after every episode: "
                 "install it, or put imageio-ffmpeg's on the PATH (docs/closed-loop.md)."
             )
+        self._renderer = _rendering_device()
 
     def facts(self) -> dict[str, Any]:
         libraries = {name: version(name) for name in ("sapien", "numpy")}
-        return {"conditions": "visual matching, as in CogACT's scripts", **libraries, "renderer": _rendering_device()}
+        return {
+            "conditions": "visual matching, as in CogACT's scripts",
+            **libraries,
+            "renderer": self._renderer or _rendering_device(),
+        }
 
     def num_episodes(self, task: str) -> tuple[int, int | None]:
         count = len(TASKS[task].each)
         return count, count
+
+    def unnorm_key(self, task: str) -> str:
+        return ROBOT_SETUPS[TASKS[task].policy_setup].unnorm_key
 
     def run_episode(self, policy: Policy, trial: Trial, on_frame: OnFrame | None = None) -> Outcome:
         from simpler_env.evaluation.maniskill2_evaluator import run_maniskill2_eval_single_episode
 
         task = TASKS[trial.task]
         arguments = task.shared | task.each[trial.number]
-        model = _Watched(policy, task.policy_setup, seed=trial.noise_seed(0), on_frame=on_frame)
+        model = _Watched(policy, task.policy_setup, trial, on_frame)
         _kept_renderer().set_log_level("off")  # of the environment's own, which sets the level back
         with (
             tempfile.TemporaryDirectory(prefix="evla-simpler-") as videos,
@@ -232,8 +242,8 @@ class Simpler:
 class _Watched(SimplerPolicy):
     """Counts steps, and passes on what it is shown."""
 
-    def __init__(self, policy: Policy, policy_setup: str, *, seed: int, on_frame: OnFrame | None):
-        super().__init__(policy, policy_setup, seed=seed)
+    def __init__(self, policy: Policy, policy_setup: str, trial: Trial, on_frame: OnFrame | None):
+        super().__init__(policy, policy_setup, unnorm_key=trial.unnorm_key, seed=trial.noise_seed(0))
         self.steps, self._on_frame = 0, on_frame
 
     def step(self, image: np.ndarray, task_description: str | None = None, *_: Any, **__: Any) -> tuple[Any, Any]:
