@@ -1,3 +1,3 @@
 from evla_cli.cli.main import cli
 
-cli()
+cli(prog_name="evla")

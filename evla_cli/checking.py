@@ -145,9 +145,10 @@ _FOR_OTHERS, _READS_THEM = "store_full_length_kv", "is_kv_shared_layer"
 
 
 def _without(stack: StackPlan) -> str:
-    return (
-        f"without layers {', '.join(map(str, stack.dropped_layers))}" if stack.dropped_layers else "with narrower MLPs"
-    )
+    if not stack.dropped_layers:
+        return "with narrower MLPs"
+    layers = "layer" if len(stack.dropped_layers) == 1 else "layers"
+    return f"without {layers} {', '.join(map(str, stack.dropped_layers))}"
 
 
 def _has_cache(model: PreTrainedModel) -> bool:

@@ -466,7 +466,7 @@ def _new_plan(
             "analyze": _analyze_options(scores) if scores else None,
             "drop_layers": checkpoint.num_layers - len(keep),
             "drop_layer_ids": sorted(set(drop_ids)),
-            "protect_first": protect_first,
+            "protect_first": protect_first if len(keep) < checkpoint.num_layers else None,  # or does nothing
             "mlp_prune_ratio": mlp_prune_ratio,
             "mlp_method": mlp_method if mlp_keep else None,
             "seed": seed,
@@ -725,8 +725,8 @@ def predict(
 
 
 def settings_with(path: Path | None, **sections: dict[str, Any]) -> InferenceSettings:
-    """Settings from a file, with the given values (those that are not None) on top; without a file, the paper's."""
-    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "action_cache": {"interval": 5}}
+    """Settings from a file, with the given values (those that are not None) on top; without a file, neutral ones."""
+    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     if path is not None:
         record = InferenceSettings.load(path).to_record()
     for section, values in sections.items():

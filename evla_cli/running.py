@@ -109,6 +109,11 @@ def run_recipe(
     if resources.memory_budget is not None:
         parse_size(resources.memory_budget)
     recipe = _computed_in(dtype, Recipe.load(path))
+    if recipe.analyze is None and resources != Resources():
+        raise EvlaError(
+            "--device and --memory-budget are for stages that run the model, and without an analyze section the recipe "
+            "has none; leave them out."
+        )
     output = path.parent / recipe.output
     check_apart(output, path.parent / recipe.source)
     source = open_checkpoint(path.parent / recipe.source)

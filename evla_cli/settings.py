@@ -22,6 +22,7 @@ DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
 SAMPLERS = ("ddim", "ddpm")
 MLP_METHODS = ("prunenet", "activation", "magnitude", "random")
+DRAWING_METHODS = ("prunenet", "random")  # that a seed decides something in
 VISION_MLP_METHODS = ("activation", "magnitude", "random")
 LAYER_METHODS = ("cosine", "iterative", "refit-aware")
 OBJECTIVES = ("hidden", "action")
@@ -87,6 +88,16 @@ class VisualTokenSettings:
     def score_rows(self) -> str:
         """One of CONTEXTS. FastV's score is the attention of the last row, the cognition token's, alone."""
         return "cognition" if self.method == "fastv" else self.context
+
+    @property
+    def remembers_frames(self) -> bool:
+        """Whether a prediction depends on the frame before."""
+        return self.method == "vla_cache"
+
+    @property
+    def depends_on_calls(self) -> bool:
+        """Whether a prediction depends on the calls before, of which a batch is one."""
+        return self.remembers_frames or self.method == "random"
 
 
 @dataclass(frozen=True)
@@ -206,6 +217,42 @@ class AnalyzeRecipe:
 
 
 @dataclass(frozen=True)
+class PruneScope:
+    """What pruning is to do, as far as some of its keys only matter with it.
+
+    Attributes:
+        drops_layers, ranks_layers: whether decoder layers go, and some of them by rank.
+        mlp_method, vision_mlp_method: how rows are chosen; None where none goes.
+        runs_samples: whether the model is run on samples.
+    """
+
+    drops_layers: bool
+    ranks_layers: bool
+    mlp_method: str | None
+    vision_mlp_method: str | None
+    refit: bool
+    runs_samples: bool
+
+    def why_idle(self, key: str) -> str | None:
+        """Why a key does nothing, other keys as {names}; None where it matters."""
+        draws = self.mlp_method in DRAWING_METHODS or self.vision_mlp_method in DRAWING_METHODS
+        by_rank = (self.ranks_layers, "where no layer goes by rank ({drop_layers})")
+        samples = (self.runs_samples, "where the model is not run on {samples}")
+        known = {
+            "protect_first": (self.drops_layers, "where no layer goes ({drop_layers})"),
+            "layer_method": by_rank,
+            "objective": by_rank,
+            "mlp_method": (self.mlp_method is not None, "without {mlp_prune_ratio}"),
+            "vision_mlp_method": (self.vision_mlp_method is not None, "without {vision_mlp_prune_ratio}"),
+            "seed": (draws, f"where no rows are drawn ({{mlp_method}} {' or '.join(DRAWING_METHODS)})"),
+            "refit_last_weight": (self.refit, "without {refit}"),
+            **dict.fromkeys(("num_samples", "batch_size", "memory_budget", "device"), samples),
+        }
+        matters, reason = known.get(key, (True, ""))
+        return None if matters else reason
+
+
+@dataclass(frozen=True)
 class PruneRecipe:
     drop_layers: int | None = None  # None: those in `drop_layer_ids`
     drop_layer_ids: tuple[int, ...] = ()
@@ -236,6 +283,24 @@ class PruneRecipe:
             raise EvlaError(
                 f"vision_mlp_prune_ratio is the fraction removed, in [0, 1), got {self.vision_mlp_prune_ratio}."
             )
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Errors: a key that is not at its default does nothing beside the others."""
+        drops = self.drop_layers is not None and self.drop_layers > 0
+        scope = PruneScope(
+            drops_layers=drops or bool(self.drop_layer_ids),
+            ranks_layers=drops and (self.drop_layers or 0) > len(set(self.drop_layer_ids)),
+            mlp_method=self.mlp_method if self.mlp_prune_ratio else None,
+            vision_mlp_method=self.vision_mlp_method if self.vision_mlp_prune_ratio else None,
+            refit=self.refit,
+            runs_samples=True,  # on those of `analyze`
+        )
+        names = {key.name: key.name for key in fields(self)}
+        for key in fields(self):
+            reason = scope.why_idle(key.name)
+            if reason is not None and getattr(self, key.name) != key.default:
+                raise EvlaError(f"{key.name} does nothing {reason.format_map(names)}; leave it out.")
 
     @property
     def needs_activations(self) -> bool:

@@ -30,6 +30,8 @@ EVLA = [sys.executable, "-m", "evla_cli"]
 GIB = 2**30
 MORE_JOBS = ("refit", "refit+towers")  # only where they are named
 JOBS = ("help", "cp", "decide+prune", "prune-unchecked", "prune", "export", "verify", "act", "bare", "analyze")
+DECIDING_JOBS = ("decide+prune", *MORE_JOBS)
+PRUNING_JOBS = (*DECIDING_JOBS, "prune-unchecked", "prune")
 
 
 @dataclass
@@ -107,6 +109,10 @@ def main() -> None:
     parser.add_argument("--cache", default="cold,warm")
     arguments = parser.parse_args()
     jobs = arguments.jobs.split(",")
+    problem = missing_job(jobs, arguments.work, arguments.importance)
+    if problem is not None:
+        print(f"Error: {problem}", file=sys.stderr)
+        sys.exit(2)
     arguments.work.mkdir(parents=True, exist_ok=True)
     source, work = arguments.source, arguments.work
     importance = arguments.importance or work / "importance.json"
@@ -159,12 +165,13 @@ def main() -> None:
     decide += ["--mlp-prune-ratio", "0.25", "--mlp-method", "magnitude"]
     run("decide+prune", [*EVLA, "prune", str(source), str(pruned), *decide], source, compare="cp", keep=pruned)
     plan = work / "plan.yaml"
-    if (pruned / "prune_plan.yaml").is_file():
+    if "decide+prune" in jobs:
         shutil.copyfile(pruned / "prune_plan.yaml", plan)
     follow = [*EVLA, "prune", str(source), str(pruned), "--plan", str(plan)]
     run("prune-unchecked", [*follow, "--no-check"], source, compare="cp", keep=pruned)
     run("prune", follow, source, compare="cp", keep=pruned)
     export = [*EVLA, "export", str(pruned), str(bundle), "--num-visual-tokens", str(arguments.num_keep)]
+    export += ["--cache-interval", "5"]
     refit = [*decide, "--refit", *samples, *same[:4], "--memory-budget", "256MB"]
     run("refit", [*EVLA, "prune", str(source), str(pruned), *refit], source, compare="bare", keep=pruned)
     towers = [*refit, "--vision-drop-layers", "10", "--vision-mlp-prune-ratio", "0.25"]
@@ -173,6 +180,24 @@ def main() -> None:
     run("export", export, pruned, compare="cp", keep=bundle)
     run("verify", [*EVLA, "verify", str(bundle)], bundle, compare="cp")
     run("act", [*this, "act", str(bundle), *samples], bundle)
+
+
+def missing_job(jobs: list[str], work: Path, importance: Path | None) -> str | None:
+    """What a job needs that neither an earlier one of `jobs` nor a run before has left in `work`, in one line."""
+    known = (*MORE_JOBS, *JOBS)
+    needs = {
+        **dict.fromkeys(DECIDING_JOBS, (importance or work / "importance.json", ("analyze",))),
+        **dict.fromkeys(("prune-unchecked", "prune"), (work / "plan.yaml", ("decide+prune",))),
+        "export": (work / "pruned", PRUNING_JOBS),
+        **dict.fromkeys(("verify", "act"), (work / "bundle", ("export",))),
+    }
+    for name in jobs:
+        if name not in known:
+            return f"--jobs: unknown job '{name}'; known: {', '.join(known)}."
+        file, makers = needs.get(name, (work, ()))
+        if makers and not file.exists() and not set(makers) & set(jobs):
+            return f"--jobs {name} needs {file}, which the job {makers[0]} makes; name it, too."
+    return None
 
 
 def job(arguments: list[str]) -> None:

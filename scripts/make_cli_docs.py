@@ -27,12 +27,13 @@ def render() -> str:
         "# Commands\n\nWritten by `make docs` from `--help`. "
         "Exit codes: 0, 1 for a failed check, 2 for bad usage or input, 130 and 143 for SIGINT and SIGTERM.\n"
     ]
-    root = click.Context(cli, info_name="evla", max_content_width=100, terminal_width=100)
+    # As a terminal of 100 columns shows it: click leaves two of them free.
+    root = click.Context(cli, info_name="evla", terminal_width=98, **cli.context_settings)
     parts.append(_block("evla", cli.get_help(root)))
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
         assert command is not None
-        context = click.Context(command, info_name=f"evla {name}", max_content_width=100, terminal_width=100)
+        context = click.Context(command, info_name=name, parent=root)
         parts.append(_block(f"evla {name}", command.get_help(context)))
     return "\n".join(parts)
 

@@ -117,7 +117,8 @@ def bundle(cogact_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from evla_cli import pipeline
 
     directory = tmp_path_factory.mktemp("bundle") / "bundle"
-    pipeline.export(cogact_run, directory, pipeline.settings_with(None, visual_tokens={"num_keep": 8}))
+    settings = pipeline.settings_with(None, visual_tokens={"num_keep": 8}, action_cache={"interval": 5})
+    pipeline.export(cogact_run, directory, settings)
     return directory
 
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import nn
 
 from evla_cli import pipeline
 from evla_cli.errors import EvlaError
-from evla_cli.evaluation import rollout
+from evla_cli.evaluation import latency, memory, rollout
 from evla_cli.evaluation.bench import bench, make_rows, plan_sessions, weight_bytes
 from evla_cli.evaluation.candidates import neutral, open_candidates
 from evla_cli.evaluation.flops import count_flops
@@ -35,9 +37,9 @@ from evla_cli.evaluation.latency import (
     time_stages,
 )
 from evla_cli.evaluation.memory import peak_memory
-from evla_cli.evaluation.stock import load_stock_policy
+from evla_cli.evaluation.stock import StockPolicy, load_stock_policy
 from evla_cli.runtime.policy import Policy, load_policy, policy_from_checkpoint
-from evla_cli.settings import DiffusionSettings, InferenceSettings, VisualTokenSettings
+from evla_cli.settings import ActionCacheSettings, DiffusionSettings, InferenceSettings, VisualTokenSettings
 
 PRUNED = InferenceSettings(visual_tokens=VisualTokenSettings(num_keep=7, num_key=2))
 ONE = Batch(pico.images(1), ["open drawer"])
@@ -235,7 +237,8 @@ def half_bundle(cogact_run, tmp_path_factory):
     """4 of 6 layers, 8 of 16 tokens, interval 5."""
     root = tmp_path_factory.mktemp("half")
     pipeline.prune(cogact_run, root / "pruned", drop_ids=(3, 4), mlp_prune_ratio=0.5, mlp_method="magnitude")
-    pipeline.export(root / "pruned", root / "half", pipeline.settings_with(None, visual_tokens={"num_keep": 8}))
+    settings = pipeline.settings_with(None, visual_tokens={"num_keep": 8}, action_cache={"interval": 5})
+    pipeline.export(root / "pruned", root / "half", settings)
     return root / "half"
 
 
@@ -329,6 +332,81 @@ def test_models_that_do_not_fit_together_are_loaded_in_turn(cogact_run, bundle, 
     assert "bundle: selecting tokens takes" in text
     assert "stock" not in text
     assert "bfloat16, head float32" in text
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one timed prediction called: of a model, by hooks; of the head, how often its first block's MLP ran.
+
+    `lm_head` and the towers' last blocks are stock's alone; `positions` are those that reach the last decoder layer.
+    """
+
+    lm_head: int
+    last_tower_blocks: int
+    decoder_layers: int
+    positions: int
+    head_steps: int
+
+
+def watched(monkeypatch, owner) -> list[Ran]:
+    """Of every prediction that is timed from now on, in order."""
+    ran: list[Ran] = []
+
+    def watch(policy, batch):
+        model, calls = policy.model, defaultdict(int)
+        layers = model.language_model.model.layers
+
+        def count(module, name, number=lambda _: 1):
+            return module.register_forward_hook(
+                lambda _, inputs, __: calls.update({name: calls[name] + number(inputs)})
+            )
+
+        handles = [
+            count(model.language_model.lm_head, "lm_head"),
+            count(model.dino.encoder.layer[-1], "towers"),
+            count(model.siglip.encoder.layers[-1], "towers"),
+            count(layers[-1].mlp, "positions", lambda inputs: inputs[0].shape[-2]),
+            count(model.action_head.blocks[0].mlp.fc1, "head"),
+        ]
+        try:
+            return time_stages(policy, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            names = ("lm_head", "towers")
+            ran.append(Ran(*(calls[n] for n in names), len(layers), calls["positions"], calls["head"]))
+
+    monkeypatch.setattr(owner, "time_stages", watch)
+    return ran
+
+
+def test_every_row_runs_its_own_code_weights_and_settings(cogact_run, half_bundle, tmp_path, monkeypatch):
+    """Where it is timed, and in the process that measures memory, which here is this one."""
+    (tmp_path / "five.yaml").write_text(
+        "schema_version: 1\nvisual_tokens: {num_keep: 5}\naction_cache: {interval: 3}\n"
+    )
+    timed, remembered = watched(monkeypatch, latency), watched(monkeypatch, memory)
+    monkeypatch.setattr("evla_cli.evaluation.bench.peak_memory", memory._load_and_predict)
+    found = bench([half_bundle, cogact_run, Path(f"{cogact_run}@{tmp_path / 'five.yaml'}")], runs=1, warmup=0)
+    prompt = found["rows"][0]["prompt_tokens"]
+    expected = {
+        "half, stock": Ran(1, 2, 4, prompt + 16, 10),
+        "half, neutral": Ran(0, 0, 4, prompt + 16, 10),
+        "half": Ran(0, 0, 4, prompt + 8, 2),
+        "run": Ran(0, 0, 6, prompt + 16, 10),
+        "run@five": Ran(0, 0, 6, prompt + 5, 4),
+    }
+    assert [row["name"] for row in found["rows"]] == list(expected)
+    assert timed == remembered == list(expected.values())
+
+
+def test_a_stock_policy_stays_one_and_refuses_what_it_would_not_obey(cogact_run):
+    stock = load_stock_policy(cogact_run)
+    fewer = stock.with_settings(InferenceSettings(diffusion=DiffusionSettings(num_denoise_steps=5)))
+    assert type(fewer) is type(stock.with_settings(InferenceSettings())) is StockPolicy
+    for settings in (PRUNED, InferenceSettings(action_cache=ActionCacheSettings(2))):
+        with pytest.raises(EvlaError, match="keeps all visual tokens and caches nothing"):
+            stock.with_settings(settings)
 
 
 def test_threads_are_left_as_they_were(cogact_run):

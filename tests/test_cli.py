@@ -19,7 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import evla_cli
 from evla_cli.checkpoint import output_file
+from evla_cli.cli import prune
 from evla_cli.cli.main import cli
+from evla_cli.errors import EvlaError
+from evla_cli.evaluation.report import action_table, stability_note
+from evla_cli.schema import from_mapping
+from evla_cli.settings import Recipe
 
 COMMANDS = ("inspect", "analyze", "prune", "export", "run", "verify", "predict", "bench", "compare", "eval", "report")
 
@@ -268,6 +273,73 @@ def test_keep_layers_says_the_same_the_other_way(cogact_run, importance_file, tm
     assert evla_json(*arguments, "--keep-layers", 4)["plan"]["dropped_layers"] == dropped
 
 
+def test_documented_help_is_what_a_process_prints(quick_python):
+    """Not what the script that writes the document makes of the same commands."""
+    text = (Path(__file__).parent.parent / "docs/cli.md").read_text()
+    documented = dict(re.findall(r"^## (evla[^\n]*)\n\n```\n(.*?)```$", text, re.MULTILINE | re.DOTALL))
+    assert list(documented) == ["evla", *(f"evla {name}" for name in sorted(COMMANDS))]
+    for title, expected in documented.items():
+        command = [str(quick_python), "-m", "evla_cli", *title.split()[1:], "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+        assert (done.stdout.rstrip(), done.stderr) == (expected.rstrip(), "")
+    assert all("-h, --help" in each for each in documented.values())
+
+
+# Options of prune that matter only beside others: what to give them, and beside what they do nothing.
+IDLE = {
+    "--protect-first": (1, "--mlp-prune-ratio 0.5", "where no layer goes (--drop-layers)"),
+    "--layer-method": ("cosine", "--drop-layer-ids 4", "where no layer goes by rank (--drop-layers)"),
+    "--objective": ("hidden", "--drop-layer-ids 4,5 --drop-layers 2", "where no layer goes by rank (--drop-layers)"),
+    "--mlp-method": ("random", "--drop-layers 1", "without --mlp-prune-ratio"),
+    "--vision-mlp-method": ("random", "--vision-drop-layers 1", "without --vision-mlp-prune-ratio"),
+    "--seed": (0, "--mlp-prune-ratio 0.5 --mlp-method magnitude", "where no rows are drawn (--mlp-method prunenet"),
+    "--refit-last-weight": (5, "--drop-layer-ids 4", "without --refit"),
+    "--num-samples": (5, "--drop-layers 1", "where the model is not run on --samples"),
+    "--batch-size": (5, "--drop-layers 1", "where the model is not run on --samples"),
+    "--memory-budget": ("1GB", "--drop-layers 1", "where the model is not run on --samples"),
+    "--device": ("cuda:7", "--drop-layers 1", "where the model is not run on --samples"),
+}
+AMOUNTS = {"--importance", "--drop-layers", "--keep-layers", "--drop-layer-ids", "--mlp-prune-ratio"}
+AMOUNTS |= {"--vision-drop-layers", "--vision-mlp-prune-ratio"}
+ALWAYS = AMOUNTS | {"--plan", "--refit", "--samples", "--no-check", "--dry-run", "--json", "--quiet", "--overwrite"}
+
+
+def test_prune_refuses_options_that_do_nothing():
+    """Every option is known to matter always, or when; before anything is read."""
+    options = {max(parameter.opts, key=len) for parameter in prune.command.params if parameter.opts[0].startswith("-")}
+    assert options == IDLE.keys() | ALWAYS
+    for option, (value, beside, reason) in IDLE.items():
+        said = evla_error("prune", "nowhere", "out", option, value, *beside.split())
+        assert f"Error: {option} does nothing {reason}" in said
+    for option in (AMOUNTS | IDLE.keys()) - {"--refit-last-weight", "--num-samples", "--batch-size", "--memory-budget"}:
+        value = IDLE[option][0] if option in IDLE else 0
+        said = evla_error("prune", "nowhere", "out", "--plan", "p.yaml", option, value)
+        expected = "where the model is not run" if option == "--device" else "--plan says what goes; leave out"
+        assert expected in said
+        assert option in said
+
+
+def test_recipes_refuse_keys_that_do_nothing():
+    for prune_recipe, reason in (
+        ({"mlp_prune_ratio": 0.5, "protect_first": 2}, "protect_first does nothing where no layer goes (drop_layers)"),
+        ({"drop_layer_ids": [4], "layer_method": "iterative"}, "layer_method does nothing where no layer goes by rank"),
+        ({"drop_layers": 1, "mlp_method": "random"}, "mlp_method does nothing without mlp_prune_ratio"),
+        ({"drop_layers": 1, "vision_mlp_method": "random"}, "does nothing without vision_mlp_prune_ratio"),
+        ({"drop_layers": 1, "seed": 5}, "seed does nothing where no rows are drawn (mlp_method prunenet or random)"),
+        ({"drop_layers": 1, "refit_last_weight": 5.0}, "refit_last_weight does nothing without refit"),
+    ):
+        record = {"source": "run", "output": "out", "analyze": {"samples": "samples"}, "prune": prune_recipe}
+        with pytest.raises(EvlaError, match=re.escape(reason)):
+            from_mapping(Recipe, record, "recipe.yaml")
+
+
+def test_the_table_says_how_sure_the_last_choice_is():
+    found = {"last_dropped": 5, "first_kept": 7, "exchanged_share": 0.312, "num_resamples": 1000, "told_apart": False}
+    said = "That layer 5 goes rather than layer 7 is not sure: 31.2% of 1000 bootstrap resamples of the samples choose"
+    assert stability_note(found).startswith(said)
+    assert "rather than layer 7 is sure: 1.0%" in stability_note(found | {"exchanged_share": 0.01, "told_apart": True})
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(cogact_run, tmp_path):
     before = contents(cogact_run)
     text = evla("prune", cogact_run, tmp_path / "out", "--drop-layer-ids", "3,4", "--dry-run")
@@ -301,7 +373,7 @@ def test_bundle_has_the_documented_files(bundle):
 
 
 def test_export_twice_gives_the_same_bytes(bundle, cogact_run, tmp_path):
-    evla("export", cogact_run, tmp_path / "again", "--num-visual-tokens", 8)
+    evla("export", cogact_run, tmp_path / "again", "--num-visual-tokens", 8, "--cache-interval", 5)
     assert contents(tmp_path / "again") == contents(bundle)
 
 
@@ -331,11 +403,20 @@ def test_options_win_over_the_settings_file(cogact_run, tmp_path):
     assert facts["bytes"] < (cogact_run / "checkpoints/pico.pt").stat().st_size
 
 
+def test_export_refuses_options_that_do_nothing(cogact_run, tmp_path):
+    for option in ("--num-key-tokens", "--task-ratio", "--prune-layer"):
+        said = evla_error("export", cogact_run, tmp_path / "b", option, 1)
+        assert f"{option} does nothing while all visual tokens are kept" in said
+    (tmp_path / "s.yaml").write_text("schema_version: 1\ndiffusion: {sampler: ddpm}\n")
+    options = ("--settings", tmp_path / "s.yaml", "--num-denoise-steps", 5)
+    assert "does nothing under sampler ddpm" in evla_error("export", cogact_run, tmp_path / "b", *options)
+
+
 @pytest.fixture(scope="module")
 def plain(cogact_run, tmp_path_factory) -> Path:
     """All visual tokens, every denoising step."""
     directory = tmp_path_factory.mktemp("plain") / "bundle"
-    evla("export", cogact_run, directory, "--cache-interval", 1)
+    evla("export", cogact_run, directory)
     return directory
 
 
@@ -382,7 +463,10 @@ def test_predict_is_reproducible_and_in_the_robots_units(bundle, image_samples):
     assert evla_json(*arguments, "--seed", 3) == evla_json(*arguments, "--seed", 3)
     assert evla_json(*arguments, "--seed", 4)["actions"] != actions.tolist()
     assert np.abs(actions[:, 2] - 0.01).max() <= 0.03 + 1e-9  # between its q01 and q99
-    assert len(evla(*arguments).splitlines()) == 16 + 2
+    lines = evla(*arguments).splitlines()
+    assert lines[0].split() == ["step", "x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    assert len(lines) == 16 + 2
+    assert action_table(actions[:, :2]).split()[:3] == ["step", "a0", "a1"]
 
 
 def test_the_whole_way_of_a_compressed_policy(pruned, image_samples, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pico
 import pytest
 import torch
+from PIL import Image
 from test_cli import evla, evla_error, evla_json
 
 from evla_cli import pipeline
@@ -14,11 +16,13 @@ from evla_cli.calibration import load_samples
 from evla_cli.evaluation.candidates import open_candidates
 from evla_cli.evaluation.compare import make_variants, shared_plan
 from evla_cli.evaluation.feature_reuse import feature_reuse
-from evla_cli.evaluation.fidelity import Predictions, fidelity, predict_samples
+from evla_cli.evaluation.fidelity import Predictions, cognition_tokens, fidelity, predict_samples
+from evla_cli.evaluation.pictures.inputs import Request, open_inputs
+from evla_cli.evaluation.pictures.measured import measure
 from evla_cli.methods.action_cache import cache_schedule
 from evla_cli.models.diffusion import ddim_timesteps, sample_ddim
 from evla_cli.runtime.policy import load_policy, policy_from_checkpoint, policy_from_weights
-from evla_cli.settings import ActionCacheSettings, InferenceSettings
+from evla_cli.settings import ActionCacheSettings, InferenceSettings, VisualTokenSettings
 
 SETTINGS = {"visual_tokens": {"num_keep": 7, "num_key": 2, "prune_layer": 3}, "action_cache": {"interval": 4}}
 
@@ -133,6 +137,19 @@ def test_a_checkpoint_against_itself(cogact_run, image_samples):
     assert found["cache"] is None
 
 
+@pytest.mark.parametrize("source", ["run", "pruned"])
+def test_a_bundle_exported_without_settings_acts_as_its_source_does(
+    source, cogact_run, compressed, image_samples, tmp_path
+):
+    source = cogact_run if source == "run" else compressed.parent / "pruned"
+    evla("export", source, tmp_path / "b", "--no-act")
+    found = evla_json("compare", source, tmp_path / "b", "--samples", image_samples)
+    assert found["second"]["settings"] == InferenceSettings().to_record()
+    assert list(found["measures"]) == ["noise", "weights", "all"]
+    assert found["measures"]["all"]["action_error"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert found["measures"]["all"]["largest_action_error"] == 0.0
+
+
 @pytest.mark.slow
 def test_a_single_sample_has_no_interval(cogact_run, compressed, image_samples):
     options = ("compare", cogact_run, compressed, "--samples", image_samples, "--num-samples", 1)
@@ -223,6 +240,91 @@ def test_sampling_is_told_apart_from_caching(cogact_run, image_samples, tmp_path
     found = evla_json("compare", cogact_run, tmp_path / "fast", "--samples", image_samples)
     assert list(found["measures"]) == ["noise", "cache", "sampling", "weights", "all"]
     assert found["measures"]["weights"]["action_error"]["value"] == 0
+
+
+# Methods that depend on the calls before
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """Two episodes of three frames and two, one line of each in turn: a patch moves before a still scene."""
+    root = tmp_path_factory.mktemp("episodes")
+    lines = []
+    for number, (step, episode) in enumerate([(0, "a"), (0, 7), (1, "a"), (1, 7), (2, "a")]):
+        scene = np.array(pico.images(1, seed=1 if episode == "a" else 2)[0])
+        scene[:20, 20 * step : 20 * step + 20] = 255
+        Image.fromarray(scene).save(root / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "instruction": "open drawer", "episode": episode}))
+    (root / "samples.jsonl").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def remembering(cogact_run, tmp_path_factory):
+    settings = tmp_path_factory.mktemp("settings") / "vla_cache.yaml"
+    settings.write_text(
+        "schema_version: 1\n"
+        "visual_tokens: {method: vla_cache, similarity_threshold: 0.9, num_task: 2, entropy_scale: 40}\n"
+    )
+    return f"{cogact_run}@{settings}"
+
+
+@pytest.fixture(scope="module")
+def remembering_bundle(cogact_run, remembering, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("remembering") / "bundle"
+    pipeline.export(cogact_run, directory, InferenceSettings.load(Path(remembering.partition("@")[2])), act=False)
+    return directory
+
+
+def test_frames_are_remembered_along_each_episode_whatever_the_batch(cogact_run, remembering, episodes):
+    found = [
+        evla_json("compare", cogact_run, remembering, "--samples", episodes, "--batch-size", size) for size in (1, 2, 5)
+    ]
+    errors = [
+        [each["measures"]["all"][name]["value"] for name in ("action_error", "cognition_cosine")] for each in found
+    ]
+    np.testing.assert_allclose(errors[1:], [errors[0]] * 2, rtol=0, atol=1e-6)  # float32, which A is batched in
+    assert found[0]["notes"] == ["vla_cache remembers frames: 3 of 5 samples follow one of their episode."]
+
+    samples = load_samples(episodes, "image")
+    dense = policy_from_checkpoint(cogact_run)
+    ours = dense.with_settings(InferenceSettings.load(Path(remembering.partition("@")[2])))
+    cosines, reused = [], []
+    for members in ((0, 2, 4), (1, 3)):
+        ours.reset()
+        for number in members:
+            tokens = [each.predict([samples[number].image], ["open drawer"]) for each in (dense, ours)]
+            cosines.append(torch.cosine_similarity(*(each.cognition[0, 0].double() for each in tokens), dim=0).item())
+            reused.append(bool((tokens[1].selection.exit_layers < 6).any()))
+    assert reused == [False, True, True, False, True]
+    assert errors[0][1] == pytest.approx(np.mean(cosines), abs=1e-9)
+    assert errors[0][1] < 1 - 1e-6
+
+
+def test_random_tokens_do_not_depend_on_the_batch(policy, image_samples):
+    samples = load_samples(image_samples, "image")
+    random = policy.with_settings(InferenceSettings(visual_tokens=VisualTokenSettings(5, method="random")))
+    one, two = (cognition_tokens(random, samples, size) for size in (1, 2))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+def test_samples_without_episodes_or_successors_are_refused(
+    cogact_run, remembering, remembering_bundle, episodes, image_samples, tmp_path
+):
+    said = evla_error("compare", cogact_run, remembering, "--samples", image_samples)
+    assert "samples.jsonl:1: no 'episode': visual_tokens.method vla_cache remembers the frame before" in said
+    said = evla_error("compare", remembering, cogact_run, "--samples", episodes, "--num-samples", 2)
+    assert "none of these samples follows another one" in said
+    said = evla_error("report", remembering_bundle, "--samples", image_samples, "-o", tmp_path / "report")
+    assert "no 'episode'" in said
+
+
+def test_a_report_shows_what_follows_the_frames_before(cogact_run, remembering_bundle, episodes):
+    found = measure(open_inputs(Request(remembering_bundle, dense=cogact_run, samples=episodes, chosen=(0, 4), runs=0)))
+    expected = cognition_tokens(load_policy(remembering_bundle), load_samples(episodes, "image"))[4, 0].double().numpy()
+    np.testing.assert_array_equal(found.compressed[4].cognition[0], expected)
+    np.testing.assert_array_equal(found.compressed[0].cognition, found.dense[0].cognition)
+    assert not np.array_equal(found.compressed[4].cognition, found.dense[4].cognition)
 
 
 # Where B's plan is, or is not, of A

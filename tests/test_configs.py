@@ -19,6 +19,8 @@ from evla_cli.settings import InferenceSettings, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "inference.yaml")
+EVALUATED = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
+EVAL_RECIPES = [path for path in EVALUATED if "candidates" not in yaml.safe_load(path.read_text())]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -27,6 +29,15 @@ def test_recipe_loads(path):
     assert recipe.analyze is not None
     assert recipe.prune is not None
     assert recipe.export is not None
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *EVAL_RECIPES], ids=lambda path: path.name)
+def test_recipe_names_every_saving_of_the_runtime(path):
+    """Whatever the defaults are, or become."""
+    settings = yaml.safe_load(path.read_text())["export"]["settings"]
+    assert {"num_keep", "prune_layer"} <= settings["visual_tokens"].keys()
+    assert "interval" in settings["action_cache"]
+    assert {"num_denoise_steps", "cfg_scale"} <= settings["diffusion"].keys()
 
 
 def test_the_papers_four_settings_ship():
@@ -69,12 +80,9 @@ def test_what_is_recommended_prunes_the_towers_and_more_tokens_too():
         assert replace(ours.export.settings, visual_tokens=kept) == theirs.export.settings
 
 
-EVALUATED = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
-
-
 def test_lists_of_candidates_load_and_name_what_a_recipe_makes():
     """Everything in configs/eval is one or the other."""
-    recipes = {path for path in EVALUATED if "candidates" not in yaml.safe_load(path.read_text())}
+    recipes = set(EVAL_RECIPES)
     shipped = [ROOT / "configs" / f"{name}.yaml" for name in ("demo", "demo_refit", "demo_recommended")]
     made = {(path.parent / Recipe.load(path).output).resolve() for path in (*recipes, *shipped)}
     known = {path / "bundle" for path in made} | {ROOT / "demo" / "cogact-metaworld"}

@@ -248,6 +248,7 @@ class TestForeign:
             path.write_text(content if isinstance(content, str) else json.dumps(content))
         said = refused("inspect", "d")
         assert "d is not a checkpoint that evla knows. " in said
+        assert "model.safetensors or pytorch_model.bin" in said
         assert message in said
 
     @pytest.mark.parametrize(("name", "message"), [("m.GGUF", "a GGUF file"), ("m/a.safetensors", "it stands in, m.")])

@@ -15,16 +15,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from test_bench import Ran, watched
 from test_cli import contents, evla, evla_error
 from test_policy import literal_pruned_run
 from test_visual_tokens import literal_selection
 
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
-from evla_cli.evaluation import figures
+from evla_cli.evaluation import figures, latency
 from evla_cli.evaluation.episode_log import LoggedEpisodes
 from evla_cli.evaluation.flops import count_flops
-from evla_cli.evaluation.pictures import measured
+from evla_cli.evaluation.pictures import inputs, measured
 from evla_cli.evaluation.pictures.speed_success import matched
 from evla_cli.evaluation.success import against, is_real
 from evla_cli.runtime.policy import load_policy, policy_from_checkpoint
@@ -188,6 +189,17 @@ def test_operations_are_those_of_the_bundles_settings(whole, made):
         assert row["flops"] == count_flops(policy.model, settings).to_record()
         assert 0 < row["latency_ms"]["language_model"]["median"] < row["latency_ms"]["whole"]["median"]
     assert found["protocol"]["runs"] == 2
+
+
+def test_each_number_of_tokens_is_timed_with_its_own_settings(made, cogact_run, image_samples, monkeypatch):
+    """Positions that reach the last layer, and how often the head was computed, in every timed run."""
+    ran = watched(monkeypatch, latency)
+    request = inputs.Request(made, dense=cogact_run, samples=image_samples, chosen=(4,), runs=1)
+    monkeypatch.setattr(measured, "WARMUP", 0)
+    found = measured.measure(inputs.open_inputs(request))
+    prompt = ran[-1].positions - 16
+    assert list(found.latencies) == [2, 4, 6, 7, 8, 10, 12, 14, 16]
+    assert ran == [Ran(0, 0, 4, prompt + count, 2) for count in found.latencies]
 
 
 @torch.inference_mode()

@@ -287,6 +287,12 @@ class TestChecksBeforeTheFirstStage:
         assert asked == pytest.approx(pruned + exported, rel=0.05)
 
 
+def test_resources_for_no_stage_that_runs_the_model(project):
+    del project.recipe["analyze"], project.recipe["prune"]
+    with pytest.raises(EvlaError, match="--device and --memory-budget are for stages that run the model"):
+        project.run(resources=Resources("cpu", "1GB"))
+
+
 def test_another_dtype_analyzes_again_and_stands_above_the_recipe(done):
     done.recipe["analyze"]["dtype"] = "float32"  # the default, as before
     assert done.run(dtype="float32") == []

@@ -1,7 +1,11 @@
 """Vision towers: measured, pruned and refit, against whole models that are cut by hand and numpy's least squares."""
 
 import json
+import re
 import shutil
+import sys
+import textwrap
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,26 +270,45 @@ class TestPrune:
         assert saved["dino_featurizer.blocks.0.mlp.fc1.weight"].shape == (128, 48)
         assert saved["siglip_featurizer.blocks.2.mlp.fc2.weight"].shape == (48, 64)
 
-    def test_loading_tells_what_timm_must_build(self, run, pruned, tmp_path):
-        """The lines are run with timm's function replaced: they change what it is called with."""
-        import sys
-        import types
-
-        text = (pruned / "LOADING.md").read_text()
-        lines = [line.strip() for line in text.splitlines() if line.strip().startswith(("create,", "timm.create"))]
+    def test_loading_tells_what_timm_must_build(self, run, pruned, tmp_path, monkeypatch):
+        """All its blocks, one after the other, with CogACT's loader and timm replaced: what the former asks of the
+        latter when it is called."""
+        pipeline.prune(run, tmp_path / "llm", drop_ids=[3])
         calls = []
-        timm = types.SimpleNamespace(create_model=lambda name, **given: calls.append((name, given)))
-        exec("\n".join(lines), {"timm": timm, "sys": sys})
-        for name in ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224", "other"):
-            timm.create_model(name, pretrained=True, num_classes=0)
-        assert [(given.get("depth"), given["pretrained"]) for _, given in calls] == [
+        timm = types.ModuleType("timm")
+        timm.create_model = lambda name, **given: calls.append((name, given))
+        llama2 = types.ModuleType("llama2")
+        llama2.LLAMA2_MODELS = {"llama2-7b-pure": {"hf_hub_path": "meta-llama/Llama-2-7b-hf"}}
+        llm = types.ModuleType("prismatic.models.backbones.llm")
+        llm.llama2 = llama2
+        for name in ("prismatic", "prismatic.models", "prismatic.models.backbones"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, "prismatic.models.backbones.llm", llm)
+        monkeypatch.setitem(sys.modules, "timm", timm)
+
+        def load_vla(path, **_options):
+            calls.append((path, llama2.LLAMA2_MODELS["llama2-7b-pure"]["hf_hub_path"]))
+            for name in ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224", "other"):
+                timm.create_model(name, pretrained=True, num_classes=0)
+
+        def run_blocks(directory):
+            text = (directory / "LOADING.md").read_text()
+            blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
+            names = {"load_vla": load_vla}
+            for block in blocks:
+                exec(textwrap.dedent(block), names)
+            return len(blocks)
+
+        assert run_blocks(pruned) == 2
+        assert calls[0] == ("checkpoints/pico.pt", "llm_config")
+        assert [(given.get("depth"), given["pretrained"]) for _, given in calls[1:]] == [
             (2, False),
             (3, False),
             (None, True),
         ]
-        assert [int(48 * given["mlp_ratio"]) for _, given in calls[:2]] == [128, 64]
-        pipeline.prune(run, tmp_path / "llm", drop_ids=[3])
+        assert [int(48 * given["mlp_ratio"]) for _, given in calls[1:3]] == [128, 64]
         assert "timm" not in (tmp_path / "llm/LOADING.md").read_text()
+        assert run_blocks(tmp_path / "llm") == 1
 
     def test_export_and_bundles(self, run, image_samples, importance, pruned, tmp_path):
         """Pruned then exported is exported then pruned; both verify, load and act as the pruned checkpoint does."""

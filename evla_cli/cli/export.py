@@ -8,7 +8,7 @@ from evla_cli.errors import EvlaError
 EXAMPLE = """
 \b
 Examples:
-  evla export pruned/ bundle/ --num-visual-tokens 56
+  evla export pruned/ bundle/ --num-visual-tokens 56 --cache-interval 5
   evla export pruned/ bundle/ --settings inference.yaml --dtype bfloat16
 """
 
@@ -21,7 +21,7 @@ Examples:
 @click.option("--num-key-tokens", type=int, help="Of them, the highest-scoring ones.  [default: 4]")
 @click.option("--task-ratio", type=float, help="Share of the rest taken by score.  [default: 0.5]")
 @click.option("--prune-layer", type=int, help="Tokens leave before this decoder layer.  [default: 2]")
-@click.option("--cache-interval", type=int, help="Compute the action head every N steps; 1: always.  [default: 5]")
+@click.option("--cache-interval", type=int, help="Compute the action head every N steps.  [default: 1: always]")
 @click.option("--num-denoise-steps", type=int, help="DDIM steps.  [default: 10]")
 @click.option("--cfg-scale", type=float, help="Classifier-free guidance; 1: none.  [default: 1.5]")
 @click.option("--dtype", type=DTYPE_CHOICE, help="Of the weights but CogACT's action head's (default: as in SOURCE).")
@@ -49,6 +49,8 @@ def command(
 ) -> None:
     """Write SOURCE as a self-contained BUNDLE: weights, tokenizer, statistics, inference.yaml and a manifest.
 
+    Without options, the runtime saves nothing: all visual tokens, no caching, so that the bundle acts as SOURCE does.
+
     A robot process loads it with evla_cli.load_policy(BUNDLE) and needs nothing else. The bundle is read again, acts
     once, and keeps what it did in check.json, with which evla verify compares.
     """
@@ -73,6 +75,8 @@ def command(
     for option, value in idle.items():
         if value is not None and chosen.visual_tokens.num_keep is None:
             raise EvlaError(f"{option} does nothing while all visual tokens are kept; give --num-visual-tokens.")
+    if num_denoise_steps is not None and chosen.diffusion.sampler == "ddpm":
+        raise EvlaError("--num-denoise-steps does nothing under sampler ddpm, which takes every training step.")
     facts = pipeline.export(
         source, bundle, chosen, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, act=act
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 
 class PathOption(click.Path):
@@ -41,6 +42,17 @@ def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     option = click.option("--quiet", is_flag=True, expose_value=False, callback=set_quiet, help="No progress bars.")
     return option(command)
+
+
+def given_options() -> list[str]:
+    """The options of the running command that stand on its command line, as they are called in the help."""
+    context = click.get_current_context()
+    return [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
 
 
 def act_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

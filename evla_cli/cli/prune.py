@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,11 +12,15 @@ from evla_cli.cli.options import (
     VISION_METHOD_CHOICE,
     IdList,
     device_option,
+    given_options,
     json_option,
     overwrite_option,
     quiet_option,
 )
 from evla_cli.errors import EvlaError
+
+if TYPE_CHECKING:
+    from evla_cli.settings import PruneScope
 
 EXAMPLE = """
 \b
@@ -170,22 +175,35 @@ def command(
 
     The table says which layers other samples might have chosen: in how many of 1000 bootstrap resamples each goes.
     """
-    decided = num_drop is not None or num_keep is not None or bool(drop_ids) or mlp_prune_ratio != 0
-    decided = decided or vision_drop_layers != 0 or vision_mlp_prune_ratio != 0
-    if plan_file is None and not decided:
+    from evla_cli.settings import PruneScope
+
+    given = given_options()
+    deciding = [option for option in given if option in _DECIDING]
+    if plan_file is not None and deciding:
+        raise EvlaError(f"--plan says what goes; leave out {', '.join(deciding)}.")
+    removes = num_drop is not None or num_keep is not None or bool(drop_ids) or mlp_prune_ratio != 0
+    removes = removes or vision_drop_layers != 0 or vision_mlp_prune_ratio != 0
+    if plan_file is None and not removes:
         raise EvlaError(
             "Nothing to remove: give --drop-layers, --keep-layers, --drop-layer-ids, --mlp-prune-ratio or one of the "
             "--vision options."
         )
-    if plan_file is not None and (decided or importance is not None):
-        raise EvlaError("--plan says what goes; leave out --importance and the options that decide it.")
     by_samples = (layer_method, objective) != ("cosine", "hidden")
-    if plan_file is not None and by_samples:
-        raise EvlaError("--plan says which layers go; leave out --layer-method and --objective.")
     if (refit or by_samples) != (data is not None):
         raise EvlaError(
             "--samples are what --refit, --layer-method and --objective run the model on: give both, or neither."
         )
+    _refuse_idle(
+        given,
+        PruneScope(
+            drops_layers=num_keep is not None or bool(num_drop) or bool(drop_ids),
+            ranks_layers=num_keep is not None or (num_drop or 0) > len(set(drop_ids)),
+            mlp_method=mlp_method if mlp_prune_ratio else None,
+            vision_mlp_method=vision_mlp_method if vision_mlp_prune_ratio else None,
+            refit=refit,
+            runs_samples=data is not None,
+        ),
+    )
     from evla_cli.checkpoint.read_ahead import start_early
 
     start_early(source)
@@ -224,3 +242,24 @@ def command(
         click.echo(prune_table(result))
         if dry_run:
             click.echo(f"{dest} would take {result.bytes_after:,} bytes; nothing was written.")
+
+
+# What --plan says already.
+_DECIDING = ["--importance", "--drop-layers", "--keep-layers", "--drop-layer-ids", "--layer-method", "--objective"]
+_DECIDING += ["--protect-first", "--mlp-prune-ratio", "--mlp-method", "--seed"]
+_DECIDING += ["--vision-drop-layers", "--vision-mlp-prune-ratio", "--vision-mlp-method"]
+
+
+class _Flags(dict[str, str]):
+    """A recipe's key as an option."""
+
+    def __missing__(self, key: str) -> str:
+        return f"--{key.replace('_', '-')}"
+
+
+def _refuse_idle(given: list[str], scope: "PruneScope") -> None:
+    """Errors: one of the options that are given does nothing beside the others."""
+    for option in given:
+        reason = scope.why_idle(option.removeprefix("--").replace("-", "_"))
+        if reason is not None:
+            raise EvlaError(f"{option} does nothing {reason.format_map(_Flags())}; leave it out.")

@@ -1,5 +1,6 @@
 """`evla compare`: how far B's predictions lie from A's, and which of the four measures puts them there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,13 @@ import torch
 from torch import Tensor
 
 from evla_cli import __version__
-from evla_cli.calibration import load_samples, samples_sha256
+from evla_cli.calibration import Sample, load_samples, samples_sha256
 from evla_cli.checkpoint.bundle import library_versions, open_manifest
 from evla_cli.checkpoint.tensors import LazyTensor, LazyTensors
 from evla_cli.errors import EvlaError, suggest
 from evla_cli.evaluation.candidates import Candidate, open_candidates
 from evla_cli.evaluation.feature_reuse import feature_reuse
-from evla_cli.evaluation.fidelity import Predictions, cognition_tokens, fidelity, predict_from
+from evla_cli.evaluation.fidelity import Predictions, check_episodes, cognition_tokens, fidelity, predict_from
 from evla_cli.evaluation.memory import release
 from evla_cli.families.base import Checkpoint, prune_config
 from evla_cli.methods.layer_pruning import prune_weights
@@ -64,8 +65,8 @@ def compare(
     a, b = candidates
     key = common_unnorm_key(a, b, unnorm_key)
     check_comparable(a, b, key)
-    samples = load_samples(data, "image", num_samples)
-    plan, note = shared_plan(a, b)
+    samples, frames_note = load_frames(data, num_samples, candidates)
+    plan, plan_note = shared_plan(a, b)
     found: dict[str, Predictions] = {}
     tokens: dict[InferenceSettings, Tensor] = {}  # of the model that is loaded
     cache = None
@@ -109,9 +110,23 @@ def compare(
         "protocol": {"batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype, "unnorm_key": key},
         "versions": {"evla": __version__, **library_versions()},
         "measures": {name: fidelity(reference, each).to_record(seed) for name, each in found.items()},
-        "notes": [note] if note else [],
+        "notes": [note for note in (plan_note, frames_note) if note],
         "cache": cache,
     }
+
+
+def load_frames(
+    data: Path, num_samples: int | None, candidates: Sequence[Candidate]
+) -> tuple[list[Sample], str | None]:
+    """The samples; where a candidate remembers frames, the file's first ones, since what it remembers is the frame
+    before, and what there is to remember. Errors: it remembers frames, and the samples are not told by episode."""
+    samples = load_samples(data, "image", num_samples)
+    if not any(candidate.settings.visual_tokens.remembers_frames for candidate in candidates):
+        return samples, None
+    samples = load_samples(data, "image")[: len(samples)]
+    episodes = check_episodes(samples)
+    follow = len(samples) - len(episodes)
+    return samples, f"vla_cache remembers frames: {follow} of {len(samples)} samples follow one of their episode."
 
 
 def make_variants(a: Candidate, b: Candidate, plan: PrunePlan | None) -> list[Variant]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evla_cli.calibration import Sample
+from evla_cli.errors import EvlaError
 from evla_cli.evaluation.intervals import mean_estimate
 from evla_cli.models.processing import GRIPPER, unnormalize_actions
 from evla_cli.runtime.policy import Policy
@@ -42,14 +43,43 @@ def predict_samples(
 
 @torch.inference_mode()
 def cognition_tokens(policy: Policy, samples: Sequence[Sample], batch_size: int = 8) -> Tensor:
-    """(N, 1, D). The samples are one episode: under `vla_cache`, give consecutive frames and a `batch_size` of 1."""
-    policy.reset()
-    tokens = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        inputs = policy.prepare([sample.image for sample in batch], [sample.instruction for sample in batch])
-        tokens.append(policy.think(inputs, policy.see(inputs))[0])
-    return torch.cat(tokens)
+    """(N, 1, D). What depends on the calls before does so on the samples alone, not on how they are batched: a method
+    that remembers frames sees every episode from its start, frame by frame; a random choice is drawn sample by sample.
+
+    Errors: samples that a method which remembers frames cannot be judged by, see `check_episodes`.
+    """
+    tokens = policy.settings.visual_tokens
+    tracks: Sequence[Sequence[int]] = [range(len(samples))]
+    if tokens.remembers_frames:
+        tracks = check_episodes(samples)
+    size = 1 if tokens.depends_on_calls else batch_size
+    found: dict[int, Tensor] = {}
+    for track in tracks:
+        policy.reset()
+        for start in range(0, len(track), size):
+            numbers = track[start : start + size]
+            batch = [samples[number] for number in numbers]
+            inputs = policy.prepare([sample.image for sample in batch], [sample.instruction for sample in batch])
+            found |= zip(numbers, policy.think(inputs, policy.see(inputs))[0].split(1), strict=True)
+    return torch.cat([found[number] for number in range(len(samples))])
+
+
+def check_episodes(samples: Sequence[Sample]) -> list[list[int]]:
+    """The samples' numbers by episode, in order. Errors: one of no episode; no frame that follows another one."""
+    episodes: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        if sample.episode is None:
+            raise EvlaError(
+                f"{sample.where}: no 'episode': visual_tokens.method vla_cache remembers the frame before, so each "
+                "sample must say of which episode it is."
+            )
+        episodes.setdefault(sample.episode, []).append(number)
+    if len(episodes) == len(samples):
+        raise EvlaError(
+            f"{samples[0].where}: visual_tokens.method vla_cache remembers the frame before, but none of these samples "
+            "follows another one of its 'episode'; record frames that do."
+        )
+    return list(episodes.values())
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import torch
 
 from evla_cli.checkpoint.system import physical_bytes
 from evla_cli.errors import EvlaError
-from evla_cli.evaluation.latency import Batch
+from evla_cli.evaluation.latency import Batch, time_stages
 from evla_cli.models.skeleton import out_of_memory
 from evla_cli.runtime.policy import Policy
 
@@ -78,9 +78,7 @@ def _load_and_predict(load: Callable[..., Policy], batch: Batch, device: str, th
     torch.set_num_threads(threads)
     imported = _bytes(_STATUS, "RssAnon")
     with _Sampler() as sampler:
-        policy = load()
-        key = next(iter(policy.model.config.norm_stats))
-        policy.predict(batch.images, batch.instructions, unnorm_key=key)
+        time_stages(load(), batch)  # what is timed, so that no dataset's statistics are asked for here either
     on_gpu = torch.device(device).type == "cuda"
     return {
         "peak_rss_anon_bytes": sampler.peak,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from evla_cli.pipeline import PruneResult
 
 
+ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # CogACT's seven, in order
+
+
 def print_json(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=2, allow_nan=False)
 
@@ -152,10 +155,11 @@ def _scores(plan: PrunePlan) -> dict[int, float]:
 
 def stability_note(stable: dict[str, Any]) -> str:
     last, first, share = stable["last_dropped"], stable["first_kept"], stable["exchanged_share"]
-    verdict = "can be told apart" if stable["told_apart"] else "cannot be told apart"
+    verdict = "is sure" if stable["told_apart"] else "is not sure"
     return (
-        f"Layers {last} (dropped) and {first} (kept) {verdict}: in {share:.1%} of {stable['num_resamples']} bootstrap "
-        'resamples of the samples the choice is the other. "dropped in": share of resamples.'
+        f"That layer {last} goes rather than layer {first} {verdict}: {share:.1%} of {stable['num_resamples']} "
+        "bootstrap resamples of the samples choose the other of the two. 'dropped in': the share of resamples in "
+        "which a layer goes."
     )
 
 
@@ -304,8 +308,13 @@ def inspect_table(facts: dict[str, Any]) -> str:
 
 def action_table(actions: "np.ndarray") -> str:
     """One row a time step."""
-    header = ["step", *(f"a{i}" for i in range(actions.shape[1]))]
+    header = ["step", *action_names(actions.shape[1])]
     return table(header, [[str(step), *(f"{value:+.4f}" for value in row)] for step, row in enumerate(actions)])
+
+
+def action_names(count: int) -> Sequence[str]:
+    """Of the action's dimensions; numbers where they are not CogACT's seven."""
+    return ACTION_NAMES if count == len(ACTION_NAMES) else [f"a{number}" for number in range(count)]
 
 
 def bench_table(record: dict[str, Any]) -> str:
@@ -400,10 +409,14 @@ def _bench_notes(record: dict[str, Any]) -> str:
     if protocol["loaded"] == "in turn":
         order = f"the models do not fit into memory together: each loaded {protocol['visits']} times, one after another"
     bfloat16 = "multiplies" if environment["native_bfloat16"] else "does not multiply"
+    still = ""
+    if any(row["settings"]["visual_tokens"]["method"] == "vla_cache" for row in record["rows"]):
+        still = "\nVLA-Cache is timed before a camera where nothing moves, its best case."
     return (
         f"{environment['device']}: {environment['device_name']}; the processor has {environment['instructions']} and "
         f"{bfloat16} bfloat16; {environment['threads']} threads; {versions}.\n"
         f"Batch {protocol['batch_size']}, {protocol['runs']} runs after {protocol['warmup']} to warm up; {order}."
+        f"{still}"
     )
 
 
@@ -425,9 +438,12 @@ def compare_table(record: dict[str, Any]) -> str:
         table(
             ["dimension", "normalised", "robot's units"],
             [
-                [str(number), *cells]
-                for number, cells in enumerate(
-                    zip(_intervals(both["normalized_error"]), _intervals(both["physical_error"]), strict=True)
+                list(cells)
+                for cells in zip(
+                    action_names(len(both["normalized_error"]["value"])),
+                    _intervals(both["normalized_error"]),
+                    _intervals(both["physical_error"]),
+                    strict=True,
                 )
             ],
         ),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evla_cli.errors import EvlaError
 from evla_cli.methods.visual_tokens import TokenSelection
 from evla_cli.models.action_head import ActionHead, DiTBlock
 from evla_cli.models.cogact import CogACTForActionPrediction
@@ -44,6 +45,15 @@ def load_stock_policy(
 
 
 class StockPolicy(Policy):
+    """Errors: settings that it would not obey, since evla's runtime alone does: which tokens stay, what is cached."""
+
+    def __init__(
+        self, model: CogACTForActionPrediction, processor: CogACTProcessor, settings: InferenceSettings, seed: int = 0
+    ):
+        if settings != InferenceSettings(diffusion=settings.diffusion):
+            raise EvlaError("The stock policy keeps all visual tokens and caches nothing; give it diffusion alone.")
+        super().__init__(model, processor, settings, seed)
+
     def see(self, inputs: CogACTInputs) -> Tensor:
         model = self.model
         dino = _second_to_last(model.dino, model.dino.encoder.layer, inputs.dino_pixels)

@@ -34,7 +34,7 @@ def open_checkpoint(path: Path, check_manifest: bool = True) -> Checkpoint:
     raise EvlaError(
         f"{path} is not a checkpoint that evla knows. {found}{' ' if found else ''}Expected a CogACT run (config.json, "
         "dataset_statistics.json, checkpoints/*.pt), a bundle made by evla export, or a Hugging Face decoder directory "
-        "(config.json with a known model_type, safetensors)."
+        "(config.json with a known model_type, model.safetensors or pytorch_model.bin)."
     )
 
 

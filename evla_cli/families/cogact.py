@@ -499,7 +499,7 @@ def _write_native(
                 copy_file(source.tokenizer_dir / name, dest / "llm_config" / name)
     width = source.config["action_config"]["hidden_size"]
     loading = _LOADING.format(file=file, head=_HEAD_TYPES.get(width, "<its type>"))
-    write_text(dest / "LOADING.md", loading + (_loading_towers(config) if plan.vision else ""))
+    write_text(dest / "LOADING.md", (_loading_towers(config) if plan.vision else "") + loading)
     copy_other_files(source.root, dest, read={"checkpoints", "llm_config"})
     return {f"checkpoints/{file}": sha256}
 
@@ -524,13 +524,14 @@ tokenizer's files); copy them there if the original checkpoint came without.
 """
 
 _TIMM = {"dino": "vit_large_patch14_reg4_dinov2.lvd142m", "siglip": "vit_so400m_patch14_siglip_224"}  # CogACT's towers
-_LOADING_TOWERS = """
-The vision towers were pruned, too. CogACT's own code makes them by their names in timm, at full size; these lines, run
-before the others, make it build them as they are here (it takes the features of the second-to-last block, as before):
+_LOADING_TOWERS = """\
+The vision towers were pruned. CogACT's own code makes them by their names in timm, at full size; these lines, which
+come first, make it build them as they are here (it takes the features of the second-to-last block, as before):
 
     import timm
     create, sizes = timm.create_model, {sizes}
     timm.create_model = lambda name, **given: create(name, **(given | sizes.get(name, {{}})))
+
 """
 
 

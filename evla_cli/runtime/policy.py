@@ -9,7 +9,7 @@ Letters used here: B batch, H action horizon, A action dim, D language-model wid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -138,9 +138,9 @@ class Policy:
         self._frames.reset()
         self._episode, self._calls = episode, 0
 
-    def with_settings(self, settings: InferenceSettings, seed: int = 0) -> "Policy":
-        """The same weights under other settings."""
-        return Policy(self.model, self.processor, settings, seed)
+    def with_settings(self, settings: InferenceSettings, seed: int = 0) -> Self:
+        """The same weights under other settings, run by the same code: a subclass stays what it is."""
+        return type(self)(self.model, self.processor, settings, seed)
 
     def predict_action(
         self, image: Any, instruction: str, *, unnorm_key: str | None = None, seed: int | None = None

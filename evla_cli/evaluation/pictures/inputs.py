@@ -14,6 +14,7 @@ from evla_cli.errors import EvlaError
 from evla_cli.evaluation.candidates import Candidate, open_candidates
 from evla_cli.evaluation.compare import check_comparable, common_unnorm_key, source_hashes
 from evla_cli.evaluation.episode_log import LoggedEpisodes, read_log
+from evla_cli.evaluation.fidelity import check_episodes
 from evla_cli.evaluation.latency import STAGES, WHOLE
 from evla_cli.models.skeleton import check_device
 from evla_cli.plan import PLAN, LayerImportance, LayerScore, PrunePlan
@@ -121,6 +122,8 @@ def open_inputs(request: Request) -> Inputs:
         )
     dense = None if request.dense is None else _dense(request.dense)
     samples = [] if request.samples is None else load_samples(request.samples, "image")
+    if bundle is not None and samples and bundle.settings.visual_tokens.remembers_frames:
+        check_episodes(samples)
     key, warnings = None, []
     if bundle is not None and dense is not None:
         key = common_unnorm_key(dense, bundle, request.unnorm_key)

@@ -107,11 +107,15 @@ def _load(candidate: Candidate, inputs: Inputs) -> Policy:
 
 @torch.inference_mode()
 def _look(policy: Policy, inputs: Inputs, index: int) -> tuple[Tensor, TokenSelection | None]:
-    """A sample alone, as an episode's first frame: its cognition token, and the tokens that were kept for it."""
+    """A sample's cognition token, and the tokens that were kept for it: alone, as an episode's first frame, but for a
+    method that remembers frames, which has seen those of its episode that stand before it."""
     policy.reset()
-    sample = inputs.samples[index]
-    prepared = policy.prepare([sample.image], [sample.instruction])
-    cognition, selection = policy.think(prepared, policy.see(prepared))
+    sample, before = inputs.samples[index], []
+    if policy.settings.visual_tokens.remembers_frames:
+        before = [each for each in inputs.samples[:index] if each.episode == sample.episode]
+    for frame in (*before, sample):
+        prepared = policy.prepare([frame.image], [frame.instruction])
+        cognition, selection = policy.think(prepared, policy.see(prepared))
     return cognition, selection if isinstance(selection, TokenSelection) else None
 
 

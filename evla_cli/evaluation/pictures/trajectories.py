@@ -46,6 +46,8 @@ def trajectories(inputs: Inputs, measured: Measured) -> Section:
     names = ["x", "y", "z", "gripper"][: 4 if first.shape[-1] > GRIPPER else 3]
     seed = inputs.request.seed
     ends = [each["end_distance"] for each in shown]
+    remembers = inputs.bundle.settings.visual_tokens.remembers_frames
+    alone = "the compressed model after the frames of its episode before it" if remembers else "one at a time"
     return Picture(
         NAME,
         TITLE,
@@ -54,7 +56,7 @@ def trajectories(inputs: Inputs, measured: Measured) -> Section:
             f"to the gripper. {inputs.dense.label} (dense) and {inputs.bundle.label} (compressed) start from the same "
             f"noise, seed {seed}; grey: the dense model from {NUM_OTHER_NOISES} other noises, seeds {seed + 1} to "
             f"{seed + NUM_OTHER_NOISES}. Within the grey, compression changes no more than chance does.",
-            f"Statistics of the dataset '{inputs.unnorm_key}'. Samples of {inputs.request.samples}, one at a time.",
+            f"Statistics of the dataset '{inputs.unnorm_key}'. Samples of {inputs.request.samples}, {alone}.",
         ],
         f"For {len(shown)} samples, lines of {', '.join(names)} over the chunk's steps. At the end the compressed "
         f"model's position is {number(min(ends), 3)} to {number(max(ends), 3)} from the dense model's.",
