@@ -85,17 +85,29 @@ def prune_table(result: "PruneResult") -> str:
         f"parameters       {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M  ({after / before:.1%})",
         f"weights on disk  {result.bytes_after / 1e6:,.1f} MB",
     ]
-    for name, distance in plan.how.get("mean_ks_distance", {}).items():
-        lines.append(f"KS distance      {distance:.4f}  ({name} rows)")
-    for name, share in plan.how.get("removed_score_share", {}).items():
-        lines.append(f"score removed    {share:.1%}  ({name} rows)")
-    for tower, shares in plan.how.get("vision_removed_score_share", {}).items():
-        for name, share in shares.items():
-            lines.append(f"score removed    {share:.1%}  ({tower}, {name} rows)")
+    lines += energy_lines(plan)
     refit = plan.how.get("refit_report")
     if refit:
         lines.append(refit_table(refit))
     return "\n".join(lines)
+
+
+def energy_lines(plan: PrunePlan) -> list[str]:
+    """What share of the output's energy goes with the rows of each stack, beside other ways of choosing them."""
+    energies = plan.how.get("removed_output_energy", {})
+    lines = []
+    for stack in [name for name, each in ({"decoder": plan} | plan.vision).items() if each.mlp_keep]:
+        energy = energies.get(stack)
+        if energy is None:
+            lines.append(f"output that goes not measured  ({stack}; --importance measures it)")
+            continue
+        for name, share in energy.items():
+            if name == "expected_of_random":
+                lines.append(f"output that goes {share:6.1%}  ({stack}, random rows in the mean)")
+            else:
+                worst = f"at most {share['worst']:.1%}, in layer {share['worst_layer']}"
+                lines.append(f"output that goes {share['mean']:6.1%}  ({stack}, {name} rows; {worst})")
+    return lines
 
 
 def _tower_line(name: str, tower: StackPlan) -> str:
