@@ -122,7 +122,7 @@ def measure_choices(directory: Path, importance: Path, tokens: Tensor) -> None:
     columns = [layer.mlp.down_proj.weight for layer in model.model.layers]
     dense = [weight.detach().clone() for weight in columns]
     print_row("dense", [perplexity(model, tokens)])
-    for name, rows in row_choices(directory, importance, 0.25).items():
+    for name, rows in row_choices(directory, importance, 0.25):
         with torch.no_grad():
             for weight, whole, kept in zip(columns, dense, rows, strict=True):
                 weight.zero_()[:, list(kept)] = whole[:, list(kept)]

@@ -9,7 +9,7 @@ same to a language model.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def main() -> None:
     print(table(["action error", *columns], rows))
 
 
-def row_choices(source: Path, importance: Path, mlp_prune_ratio: float) -> dict[str, Rows]:
+def row_choices(source: Path, importance: Path, mlp_prune_ratio: float) -> Iterator[tuple[str, Rows]]:
     """The rows that stay in every layer, by name: evla's ways, PruneNet untrained and as published, random controls."""
     checkpoint, rms = open_checkpoint(source), read_safetensors(activations_file(importance))
     num_keep = prune_width(checkpoint.intermediate_size, mlp_prune_ratio)
@@ -60,16 +60,13 @@ def row_choices(source: Path, importance: Path, mlp_prune_ratio: float) -> dict[
         return rms[str(layer)].load()
 
     mlps = MlpLayers(range(num_layers), read, checkpoint.intermediate_size, num_keep, read_rms)
-    untrained = train_policy(read, read_rms, num_layers, num_keep, episodes=0).rows
+    for method in ("activation", "prunenet", "magnitude"):
+        yield method, select_channels(method, mlps, 0).rows
+    yield "prunenet, untrained", plain(train_policy(read, read_rms, num_layers, num_keep, episodes=0).rows)
+    for seed in range(5):
+        yield f"random, seed {seed}", select_channels("random", mlps, seed).rows
     published, _ = published_rows([read(layer)[0].float() for layer in range(num_layers)], num_keep)
-    return {
-        "activation": select_channels("activation", mlps, 0).rows,
-        "prunenet": select_channels("prunenet", mlps, 0).rows,
-        "prunenet, untrained": plain(untrained),
-        "prunenet, as published": plain(published),
-        "magnitude": select_channels("magnitude", mlps, 0).rows,
-        **{f"random, seed {seed}": select_channels("random", mlps, seed).rows for seed in range(5)},
-    }
+    yield "prunenet, as published", plain(published)
 
 
 def plain(rows: Sequence[Tensor]) -> Rows:
@@ -82,7 +79,7 @@ def measure(out: Path, fit: Path, test: Path) -> dict[str, float]:
     result = pipeline.analyze_to_file(DEMO, fit, importance, overwrite=True)
     num_layers, width = len(result.layers), open_checkpoint(DEMO).intermediate_size
     errors = {}
-    for name, rows in row_choices(DEMO, importance, RATIO).items():
+    for name, rows in row_choices(DEMO, importance, RATIO):
         plan = PrunePlan(num_layers, width, tuple(range(num_layers)), rows, result.checkpoint_sha256)
         record = replace(plan, how={"mlp_method": name}).to_record()
         write_yaml(out / "rows.yaml", record, "Rows to be measured.")
