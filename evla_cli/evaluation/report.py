@@ -85,14 +85,14 @@ def prune_table(result: "PruneResult") -> str:
         f"parameters       {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M  ({after / before:.1%})",
         f"weights on disk  {result.bytes_after / 1e6:,.1f} MB",
     ]
-    lines += energy_lines(plan)
+    lines += _energy_lines(plan)
     refit = plan.how.get("refit_report")
     if refit:
         lines.append(refit_table(refit))
     return "\n".join(lines)
 
 
-def energy_lines(plan: PrunePlan) -> list[str]:
+def _energy_lines(plan: PrunePlan) -> list[str]:
     """What share of the output's energy goes with the rows of each stack, beside other ways of choosing them."""
     energies = plan.how.get("removed_output_energy", {})
     lines = []
@@ -103,10 +103,10 @@ def energy_lines(plan: PrunePlan) -> list[str]:
             continue
         for name, share in energy.items():
             if name == "expected_of_random":
-                lines.append(f"output that goes {share:6.1%}  ({stack}, random rows in the mean)")
+                lines.append(f"output that goes {share:.1%}  ({stack}, random rows in the mean)")
             else:
                 worst = f"at most {share['worst']:.1%}, in layer {share['worst_layer']}"
-                lines.append(f"output that goes {share['mean']:6.1%}  ({stack}, {name} rows; {worst})")
+                lines.append(f"output that goes {share['mean']:.1%}  ({stack}, {name} rows; {worst})")
     return lines
 
 
