@@ -36,7 +36,7 @@ from evla_cli.methods.layer_importance import (
 )
 from evla_cli.methods.layer_pruning import choose_layers, prune_weights
 from evla_cli.methods.mlp_pruning import channel_energy, prune_width
-from evla_cli.methods.row_selection import MlpLayers, select_channels
+from evla_cli.methods.row_selection import NEED_ACTIVATIONS, MlpLayers, select_channels, warn_if_worse_than_random
 from evla_cli.methods.stability import stability
 from evla_cli.models.cogact import cognition_token
 from evla_cli.models.skeleton import check_device, check_fits, failures_of_transformers, out_of_memory
@@ -88,7 +88,8 @@ def analyze(
     Args:
         memory_budget: of hidden states, such as "2GiB"; what is more goes to a temporary file. None: no bound.
         weights: how often a position of each kind counts ("visual", "text", "cognition"); None: once, as in the paper.
-        channel_rms: is given, for every layer, the root mean square of each MLP channel over all real positions.
+        channel_rms: is given, for every layer whose MLP can be narrowed, the root mean square of each of its channels
+            over all real positions; None: they are not measured.
         ranks: of a job whose processes share the samples; each of them returns the result for all samples.
     """
     with ranks.first_goes_first():
@@ -101,11 +102,10 @@ def analyze(
     # Whole batches, so that every one is padded and computed as it would be by a single process.
     batches = ranks.share(math.ceil(len(samples) / batch_size))
     mine = samples[batches.start * batch_size : batches.stop * batch_size]
-    if channel_rms is not None:
-        _mlp_names(checkpoint)
     reader = checkpoint.reader
     if ranks.first:  # it alone hashes the checkpoint
         reader.start_reading(in_order=False)
+    with_rows = channel_rms is not None and checkpoint.mlp_obstacle is None
     meter = TowerMeter(checkpoint, with_channels=channel_rms is not None)
     with (
         torch.inference_mode(),
@@ -133,7 +133,7 @@ def analyze(
                 of_kind: list[dict[str, float]] = []
                 for batch in stream.batches:
                     hidden_states, mask = stream.on_device(batch)
-                    with captured_inputs(_mlp_output(layer, channel_rms)) as seen:
+                    with captured_inputs(_mlp_output(layer, with_rows)) as seen:
                         similarity, output = run_layer(layer, hidden_states, stream.arguments(batch, index))
                     batch.hidden_states.copy_(output)
                     kinds = _kinds(checkpoint, hidden_states, mask)
@@ -143,7 +143,7 @@ def analyze(
                     energies += [channel_energy(inputs, mask) for inputs in seen]
                     bar.update()
                 scores.append(_layer_score(index, ranks.gather(similarities), ranks.gather(of_kind), len(samples)))
-                if channel_rms is not None:
+                if channel_rms is not None and with_rows:
                     channel_rms[str(index)] = _root_mean_square(ranks.gather(energies))
         action_head = _denoise_similarity(checkpoint, stream, ranks) if with_action_head else None
     (checkpoint_sha256,) = ranks.gather([reader.sha256] if ranks.first else [])
@@ -207,8 +207,8 @@ def _layer_score(
     )
 
 
-def _mlp_output(layer: Any, channel_rms: LazyTensors | None) -> torch.nn.Module | None:
-    return None if channel_rms is None else layer.mlp.down_proj
+def _mlp_output(layer: Any, wanted: bool) -> torch.nn.Module | None:
+    return layer.mlp.down_proj if wanted else None
 
 
 def _root_mean_square(energies: list[tuple[Tensor, int]]) -> LazyTensor:
@@ -237,15 +237,14 @@ def analyze_to_file(
     output: Path,
     *,
     figures: Path | None = None,
-    with_activations: bool = False,
     overwrite: bool = False,
     on_complete: OnComplete | None = None,
     ranks: Ranks = ALONE,
     **options: Any,
 ) -> LayerImportance:
-    """`analyze`, its result written to `output`, `with_activations` a file of those beside it, and its pictures into
+    """`analyze`, its result written to `output`, what it measured of the MLP channels beside it, and its pictures into
     `figures`, all by the first rank."""
-    channel_rms: LazyTensors | None = {} if with_activations else None
+    channel_rms: LazyTensors = {}
     options |= {"with_action_head": figures is not None, "channel_rms": channel_rms, "ranks": ranks}
     if not ranks.first:
         return analyze(source, data, **options)
@@ -254,13 +253,11 @@ def analyze_to_file(
         check_apart(figures, source)
     with ExitStack() as outputs:  # the importance file is the last to take its place: it holds the other's hash
         staging = outputs.enter_context(new_file(output, overwrite))
-        if channel_rms is not None:
-            companion = outputs.enter_context(new_file(activations_file(output), overwrite))
+        companion = outputs.enter_context(new_file(activations_file(output), overwrite))
         if figures is not None:
             check_figures(figures, overwrite)
         result = analyze(source, data, **options)
-        if channel_rms is not None:
-            result = replace(result, activations_sha256=write_safetensors(companion, channel_rms, {}))
+        result = replace(result, activations_sha256=write_safetensors(companion, channel_rms, {}))
         write_text(staging, result.to_json())
         if on_complete:
             on_complete(staging)
@@ -303,7 +300,7 @@ def prune(
     choice: ChoiceOptions | None = None,
     protect_first: int | None = None,
     mlp_prune_ratio: float = 0.0,
-    mlp_method: str = "prunenet",
+    mlp_method: str = "activation",
     seed: int = 0,
     vision: VisionOptions | None = None,
     plan_file: Path | None = None,
@@ -346,19 +343,21 @@ def prune(
                 weights = scores.position_weights if scores else None
                 options = replace(choice, held_out=refit is not None, weights=weights)
                 keep, chosen = _chosen_by_samples(checkpoint, options, keep, drop_ids, num_first)
-            if scores and mlp_prune_ratio and mlp_method == "prunenet":
-                _check_source(importance, scores.checkpoint_sha256, reader)
             read_rms = None
-            if importance and scores and mlp_method == "activation":
+            if importance and scores and mlp_prune_ratio and _reads_activations(mlp_method, importance, scores):
                 read_rms = _given_activations(importance, scores, checkpoint)
             plan = _new_plan(checkpoint, keep, scores, drop_ids, num_first, mlp_prune_ratio, mlp_method, seed, read_rms)
             plan = replace(plan, how=plan.how | chosen)
             if vision is not None:
                 read_towers = None
-                if vision.mlp_prune_ratio and vision.mlp_method == "activation":
-                    if importance is None or scores is None:
-                        raise EvlaError("--vision-mlp-method activation needs --importance from evla analyze.")
-                    read_towers = _given_tower_activations(importance, scores, checkpoint)
+                if vision.mlp_prune_ratio:
+                    if importance and scores and _reads_activations(vision.mlp_method, importance, scores):
+                        read_towers = _given_tower_activations(importance, scores, checkpoint)
+                    elif vision.mlp_method in NEED_ACTIVATIONS:
+                        raise EvlaError(
+                            f"--vision-mlp-method {vision.mlp_method} needs --importance from evla analyze of this "
+                            "checkpoint."
+                        )
                 measured = scores.vision if scores else {}
                 if vision.drop_layers and scores and measured and scores.vision_metric != TOWER_METRIC:
                     raise EvlaError(
@@ -366,7 +365,8 @@ def prune(
                         "evla analyze again."
                     )
                 towers, facts = plan_towers(checkpoint, vision, measured, read_towers, seed)
-                plan = replace(plan, vision=towers, how=plan.how | facts)
+                plan = replace(plan, vision=towers, how=_with_both_energies(plan.how, facts))
+            _warn_of_rows(plan.how)
         pruned = prune_weights(reader.tensors, plan, checkpoint.layer_prefix, checkpoint.tower_prefixes)
         return plan, fit_packed_layers(checkpoint, plan, pruned)
 
@@ -504,6 +504,7 @@ def _given_importance(path: Path, checkpoint: Checkpoint) -> LayerImportance:
 
 def _given_activations(importance: Path, scores: LayerImportance, checkpoint: Checkpoint) -> Callable[[int], Tensor]:
     """Root mean square of every MLP channel (F) by decoder layer, from the file beside `importance`."""
+    _mlp_names(checkpoint)
     path, tensors = _activations(importance, scores)
     check_weights(
         {str(layer): (checkpoint.intermediate_size,) for layer in range(checkpoint.num_layers)},
@@ -511,6 +512,24 @@ def _given_activations(importance: Path, scores: LayerImportance, checkpoint: Ch
         path,
     )
     return lambda layer: load_finite(f"{path}: layer {layer}", tensors[str(layer)])
+
+
+def _reads_activations(method: str, importance: Path, scores: LayerImportance) -> bool:
+    """Whether rows by `method` need what `analyze` measured of the channels, or it is there to judge them by."""
+    measured = scores.activations_sha256 is not None and activations_file(importance).exists()
+    return method in NEED_ACTIVATIONS or measured
+
+
+def _with_both_energies(how: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    key = "removed_output_energy"
+    both = {key: how[key] | facts[key]} if key in how and key in facts else {}
+    return how | facts | both
+
+
+def _warn_of_rows(how: dict[str, Any]) -> None:
+    for stack, energy in how.get("removed_output_energy", {}).items():
+        method = how["mlp_method" if stack == "decoder" else "vision_mlp_method"]
+        warn_if_worse_than_random(method, stack if stack == "decoder" else f"{stack} tower", energy)
 
 
 def _given_tower_activations(importance: Path, scores: LayerImportance, checkpoint: Checkpoint) -> ReadRms:
@@ -530,7 +549,7 @@ def _given_tower_activations(importance: Path, scores: LayerImportance, checkpoi
 def _activations(importance: Path, scores: LayerImportance) -> tuple[Path, LazyTensors]:
     path = activations_file(importance)
     if scores.activations_sha256 is None:
-        raise EvlaError(f"{importance} was made without activations: run evla analyze with --activations.")
+        raise EvlaError(f"{importance} holds no activations, as older versions made it: run evla analyze again.")
     if not has_activations(importance):
         raise EvlaError(f"{path} is missing or not the one made with {importance}: run evla analyze again.")
     return path, read_safetensors(path)
@@ -640,7 +659,9 @@ def _channels_to_keep(
             bar.update(done - bar.n)
 
         mlps = MlpLayers(layers, read_mlp, checkpoint.intermediate_size, width, read_rms)
-        return select_channels(method, mlps, seed, on_step)
+        choice = select_channels(method, mlps, seed, on_step)
+    energy = choice.removed_energy
+    return choice.rows, {} if energy is None else {"removed_output_energy": {"decoder": energy}}
 
 
 def _width_to_keep(checkpoint: Checkpoint, mlp_prune_ratio: float) -> int:

@@ -56,7 +56,7 @@ class LayerImportance:
     batch_size: int | None = None
     evla_version: str = __version__
     action_head: dict[str, Any] | None = None  # similarity between denoising steps, with --figures
-    activations_sha256: str | None = None  # of the file that `activations_file` names, with --activations
+    activations_sha256: str | None = None  # of the file that `activations_file` names; None in older versions' files
     vision: dict[str, tuple[LayerScore, ...]] = field(default_factory=dict)  # tower -> every block that runs
     position_weights: dict[str, float] | None = None  # kind of position -> how often it counted; None: once
     vision_metric: str | None = None  # what `vision` was measured by
@@ -111,7 +111,7 @@ def ranked(scores: Sequence[LayerScore]) -> list[int]:
 
 
 def activations_file(importance: Path) -> Path:
-    """What `evla analyze --activations` writes beside the importance file: every MLP channel's root mean square."""
+    """What `evla analyze` writes beside the importance file: every MLP channel's root mean square."""
     return importance.with_name(f"{importance.stem}.activations.safetensors")
 
 

@@ -210,10 +210,7 @@ def _run_stages(
         importance = stages.outputs["analyze"]
         data = path.parent / analyze.samples
         samples = sort_samples(load_samples(data, source.family.sample_kind, analyze.num_samples))
-        analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples)}
-        with_activations = recipe.prune is not None and recipe.prune.needs_activations
-        if with_activations:
-            analyze_options["activations"] = True
+        analyze_options = to_mapping(analyze) | {"samples": samples_sha256(samples), "activations": True}
         stages.run(
             "analyze",
             lambda: {"options": analyze_options, "source": source_sha256()},
@@ -227,11 +224,10 @@ def _run_stages(
                 dtype=analyze.dtype,
                 memory_budget=resources.memory_budget,
                 weights=analyze.position_weights,
-                with_activations=with_activations,
                 overwrite=True,
                 on_complete=on_complete,
             ),
-            has_activations if with_activations else lambda _: True,
+            has_activations,
         )
     exported = root
     if recipe.prune is not None:

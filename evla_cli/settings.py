@@ -21,7 +21,7 @@ CONTEXTS = ("text", "instruction", "cognition")
 DIVERSITIES = ("one_shot", "all_selected", "greedy")
 MODULES = ("attention", "mlp")
 SAMPLERS = ("ddim", "ddpm")
-MLP_METHODS = ("prunenet", "activation", "magnitude", "random")
+MLP_METHODS = ("activation", "prunenet", "magnitude", "random")
 DRAWING_METHODS = ("prunenet", "random")  # that a seed decides something in
 VISION_MLP_METHODS = ("activation", "magnitude", "random")
 LAYER_METHODS = ("cosine", "iterative", "refit-aware")
@@ -260,7 +260,7 @@ class PruneRecipe:
     objective: str = "hidden"
     protect_first: int | None = None
     mlp_prune_ratio: float = 0.0
-    mlp_method: str = "prunenet"
+    mlp_method: str = "activation"
     seed: int = 0
     vision_drop_layers: int = 0  # from each vision tower
     vision_mlp_prune_ratio: float = 0.0
@@ -304,8 +304,11 @@ class PruneRecipe:
 
     @property
     def needs_activations(self) -> bool:
-        vision = self.vision_mlp_prune_ratio > 0 and self.vision_mlp_method == "activation"
-        return vision or self.mlp_method == "activation"
+        return self.mlp_prune_ratio > 0 and self.mlp_method in ("activation", "prunenet")
+
+    @property
+    def vision_needs_activations(self) -> bool:
+        return self.vision_mlp_prune_ratio > 0 and self.vision_mlp_method == "activation"
 
 
 @dataclass(frozen=True)
@@ -343,9 +346,9 @@ class Recipe:
             raise EvlaError("The recipe names no stage; give at least one of analyze, prune, export.")
         if self.analyze is None and self.prune is not None:
             needing = {
-                "mlp_method": self.prune.mlp_method == "activation",
+                "mlp_method": self.prune.needs_activations,
                 "vision_drop_layers": self.prune.vision_drop_layers > 0,
-                "vision_mlp_method": self.prune.needs_activations,
+                "vision_mlp_method": self.prune.vision_needs_activations,
                 "refit": self.prune.refit,
                 "layer_method": self.prune.layer_method != "cosine",
                 "objective": self.prune.objective != "hidden",

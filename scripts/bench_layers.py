@@ -40,7 +40,7 @@ def main() -> None:
     evaluated = evaluation(tokenizer, python, arguments.licence)
     importance, pruned = arguments.out / "importance.json", arguments.out / "pruned"
     if not importance.is_file():
-        pipeline.analyze_to_file(model, samples, importance, with_activations=True)
+        pipeline.analyze_to_file(model, samples, importance)
     print_row("", list(evaluated))
     for method in arguments.methods:
         choice = None if method == "cosine" else ChoiceOptions(method, "hidden", samples, arguments.num_samples)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_rows import row_choices
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -37,10 +38,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "8 layers, 25 % of rows: activation": {"num_drop": 8, "mlp_prune_ratio": 0.25, "mlp_method": "activation"},
 }
 CONTROLS: dict[str, dict[str, Any]] = {  # without refit alone
+    "25 % of rows: prunenet": {"mlp_prune_ratio": 0.25, "mlp_method": "prunenet"},
+    "25 % of rows: magnitude": {"mlp_prune_ratio": 0.25, "mlp_method": "magnitude"},
     "25 % of rows: random, seed 0": {"mlp_prune_ratio": 0.25, "mlp_method": "random"},
     "25 % of rows: random, seed 1": {"mlp_prune_ratio": 0.25, "mlp_method": "random", "seed": 1},
-    "25 % of rows: magnitude": {"mlp_prune_ratio": 0.25, "mlp_method": "magnitude"},
-    "25 % of rows: prunenet": {"mlp_prune_ratio": 0.25, "mlp_method": "prunenet"},
 }
 
 
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="head")
     parser.add_argument("--seed", type=int, default=0, help="Of the draw.")
     parser.add_argument("--rows", help="Only rows whose name contains this.")
+    parser.add_argument("--choices", action="store_true", help="Every way to choose rows, in memory, on Python's text.")
+    parser.add_argument("--pieces", type=int, default=NUM_EVALUATION, help="Of --choices: how many are evaluated.")
     arguments = parser.parse_args()
     set_quiet(True)
     out, model = arguments.out, arguments.out / "model"
@@ -67,7 +70,10 @@ def main() -> None:
     evaluated = evaluation(tokenizer, python, arguments.licence)
     importance = out / "importance.json"
     if not (same_split and importance.is_file()):
-        pipeline.analyze_to_file(model, samples, importance, with_activations=True, overwrite=True)
+        pipeline.analyze_to_file(model, samples, importance, overwrite=True)
+    if arguments.choices:
+        measure_choices(model, importance, evaluated["pydoc"][: arguments.pieces])
+        return
     print_row("", list(evaluated))
     if not arguments.rows:
         print_row("dense", measure(model, evaluated))
@@ -110,15 +116,30 @@ def pieces(tokenizer: Any, text: str) -> list[Tensor]:
     return list(torch.tensor(tokenizer(text).input_ids).split(NUM_TOKENS))[:-1]
 
 
-@torch.inference_mode()
-def measure(directory: Path, evaluated: dict[str, Tensor]) -> list[float]:
-    """Perplexity of each text: exp of the mean loss over the tokens after each piece's first."""
+def measure_choices(directory: Path, importance: Path, tokens: Tensor) -> None:
+    """A quarter of the rows goes in every way there is: their columns of the down projection are 0."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    perplexities = []
-    for tokens in evaluated.values():
-        losses = [float(model(input_ids=batch, labels=batch).loss) for batch in tokens.split(1)]
-        perplexities.append(math.exp(sum(losses) / len(losses)))
-    return perplexities
+    columns = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    dense = [weight.detach().clone() for weight in columns]
+    print_row("dense", [perplexity(model, tokens)])
+    for name, rows in row_choices(directory, importance, 0.25):
+        with torch.no_grad():
+            for weight, whole, kept in zip(columns, dense, rows, strict=True):
+                weight.zero_()[:, list(kept)] = whole[:, list(kept)]
+        print_row(name, [perplexity(model, tokens)])
+
+
+def measure(directory: Path, evaluated: dict[str, Tensor]) -> list[float]:
+    """Perplexity of each text."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return [perplexity(model, tokens) for tokens in evaluated.values()]
+
+
+@torch.inference_mode()
+def perplexity(model: Any, tokens: Tensor) -> float:
+    """exp of the mean loss over the tokens after each piece's first."""
+    losses = [float(model(input_ids=batch, labels=batch).loss) for batch in tokens.split(1)]
+    return math.exp(sum(losses) / len(losses))
 
 
 def write_model(directory: Path) -> None:

@@ -82,7 +82,7 @@ def main() -> None:
     fit = arguments.fit or _write_samples(arguments.output / "fit", others)
     test = _write_samples(arguments.output / "test", [lines[number] for number in held_out])
     importance = arguments.output / "importance.json"
-    pipeline.analyze_to_file(DENSE, fit, importance, with_activations=True)
+    pipeline.analyze_to_file(DENSE, fit, importance)
     dense, samples = policy_from_checkpoint(DENSE, dtype=torch.float32), load_samples(test, "image")
     judge = Judge(dense, samples, predict_samples(dense, samples))
     rows = [["other noise", "", "", judge._mean(judge.fidelity(judge.dense, 1)), ""]]

@@ -209,9 +209,8 @@ def render() -> str:
         lines.append("| " + " | ".join([model.name, *sizes, *times]) + " |")
     lines += [
         "",
-        "Choosing rows with PruneNet comes on top: minutes for the 32 matrices of 7.6 B parameters on two cores",
-        "(see [prunenet.md](prunenet.md)); its decompositions grow with the cube of the hidden size, so that 80",
-        "matrices of 28672 x 8192 take about twenty times as long. Magnitude takes seconds in both cases.",
+        "Choosing rows comes on top: seconds by activation or magnitude, a minute of one core with PruneNet for the 32",
+        "layers of 7.6 B parameters (see [prunenet.md](prunenet.md)); all of them grow with the number of weights.",
         "",
         "## Room on the disk",
         "",

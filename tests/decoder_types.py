@@ -22,7 +22,10 @@ import yaml
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from evla_cli.checkpoint.safetensors_format import read_safetensors
 from evla_cli.cli.main import cli
+from evla_cli.methods.row_selection import NEED_ACTIVATIONS
+from evla_cli.plan import activations_file
 
 SIZES = {
     "hidden_size": 64,
@@ -205,9 +208,8 @@ def outcome(kind: str, directory: Path, row_methods: Sequence[str] = ROW_METHODS
     note("inspect", evla("inspect", source), lambda: 0.0)
     importance = directory / "importance.json"
     analyze = ("analyze", source, "--samples", texts, "-o", importance, "--batch-size", "2")
-    error = evla(*analyze, "--activations")
-    if error is not None and "only gated MLPs" in error:
-        error = evla(*analyze)
+    error = evla(*analyze)
+    if error is None and not has_channels(importance):
         row_methods = row_methods[:1]
     note("analyze", error, lambda: _importance_difference(importance, source, texts))
     layers = ["--drop-layer-ids", ",".join(map(str, DROPPED))]
@@ -218,11 +220,16 @@ def outcome(kind: str, directory: Path, row_methods: Sequence[str] = ROW_METHODS
     )
     for method in row_methods:
         options = ["--mlp-prune-ratio", "0.25", "--mlp-method", method]
-        if method == "activation":
+        if method in NEED_ACTIVATIONS:
             options += ["--importance", importance]
         error = evla("prune", source, directory / method, *options)
         note(method, error, lambda method=method: difference(source, directory / method))
     return found
+
+
+def has_channels(importance: Path) -> bool:
+    """Whether the MLPs were found to be such that they can be narrowed, and so measured."""
+    return bool(read_safetensors(activations_file(importance)))
 
 
 def _importance_difference(importance: Path, source: Path, texts: Path) -> float:

@@ -1,19 +1,23 @@
-"""Rows by activation: what `analyze --activations` measures, which rows follow from it, and what is refused."""
+"""Rows by activation: what `analyze` measures of MLP channels, which rows follow from it, and what is refused."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from decoder_types import make_checkpoint
+from safetensors.torch import load_file, save_file
 from test_ranks import errors, finish, start
 from transformers import AutoModelForCausalLM
 
 from evla_cli import pipeline
 from evla_cli.calibration import load_samples
+from evla_cli.checkpoint.files import sha256_file
 from evla_cli.errors import EvlaError
-from evla_cli.methods.mlp_pruning import activation_scores, channel_energy, select_rows_random, top_rows
+from evla_cli.evaluation.report import prune_table
+from evla_cli.methods.mlp_pruning import activation_scores, channel_energy, top_rows
 from evla_cli.models.processing import load_tokenizer
 from evla_cli.plan import PrunePlan, activations_file
 from evla_cli.running import run_recipe
@@ -22,7 +26,7 @@ from evla_cli.running import run_recipe
 @pytest.fixture(scope="module")
 def importance(decoders, text_samples, tmp_path_factory):
     file = tmp_path_factory.mktemp("activations") / "importance.json"
-    pipeline.analyze_to_file(decoders("llama"), text_samples, file, batch_size=3, with_activations=True)
+    pipeline.analyze_to_file(decoders("llama"), text_samples, file, batch_size=3)
     return file
 
 
@@ -68,7 +72,7 @@ def test_two_ranks_measure_what_one_does(quick_python, decoders, text_samples, t
     files = []
     for size in (1, 2):
         files.append(tmp_path / f"{size}.json")
-        options = ("--samples", text_samples, "-o", files[-1], "--batch-size", 2, "--activations", "--quiet")
+        options = ("--samples", text_samples, "-o", files[-1], "--batch-size", 2, "--quiet")
         job = start(quick_python, size, "-m", "evla_cli", "analyze", decoders("llama"), *options)
         assert (errors(finish(job)[1]), job.returncode) == ([], 0)
     one, two = (activations_file(file).read_bytes() for file in files)
@@ -80,17 +84,20 @@ def test_rows_of_the_highest_score_stay(decoders, importance, tmp_path):
     pipeline.prune(source, tmp_path / "out", importance=importance, mlp_prune_ratio=0.5, mlp_method="activation")
     plan = PrunePlan.load(tmp_path / "out" / "prune_plan.yaml")
     weights = load_file(source / "model.safetensors")
-    lost = {"activation": [], "random": []}
+    lost = []
     assert plan.mlp_keep is not None
     for layer, (rms, keep) in enumerate(zip(measured(importance), plan.mlp_keep, strict=True)):
         scores = rms.double() * weights[f"model.layers.{layer}.mlp.down_proj.weight"].double().norm(dim=0)
         assert list(keep) == sorted(sorted(range(128), key=lambda row: -scores[row])[:64])
-        control = select_rows_random(128, 64, 0, layer)
-        for name, rows in (("activation", list(keep)), ("random", control)):
-            lost[name].append(1 - float(scores[rows].square().sum() / scores.square().sum()))
-    for name, share in plan.how["removed_score_share"].items():
-        assert share == pytest.approx(np.mean(lost[name]), abs=1e-6)
-    assert plan.how["removed_score_share"]["activation"] < plan.how["removed_score_share"]["random"]
+        lost.append(1 - float(scores[list(keep)].square().sum() / scores.square().sum()))
+    (stack,) = plan.how["removed_output_energy"]
+    found = plan.how["removed_output_energy"][stack]
+    assert (stack, found["expected_of_random"]) == ("decoder", 0.5)
+    assert found["activation"] == {
+        "mean": pytest.approx(np.mean(lost), abs=1e-6),
+        "worst": pytest.approx(max(lost), abs=1e-6),
+        "worst_layer": int(np.argmax(lost)),
+    }
 
 
 def test_another_ratio_needs_no_new_pass(decoders, importance, tmp_path):
@@ -111,16 +118,81 @@ def test_both_factors_count():
     assert top_rows(scores, 2).tolist() == [0, 1]
 
 
+def of_an_older_version(importance, tmp_path):
+    record = json.loads(importance.read_text())
+    del record["activations_sha256"]
+    (tmp_path / "older.json").write_text(json.dumps(record))
+    return tmp_path / "older.json"
+
+
+class TestWhatGoes:
+    def prune(self, source, tmp_path, **options):
+        return pipeline.prune(source, tmp_path / "no", mlp_prune_ratio=0.5, dry_run=True, **options)
+
+    def test_rows_by_activation_are_the_default(self, decoders, importance, tmp_path):
+        assert self.prune(decoders("llama"), tmp_path, importance=importance).plan.how["mlp_method"] == "activation"
+
+    @pytest.mark.parametrize("method", ["prunenet", "magnitude", "random"])
+    def test_it_stands_beside_activation_and_random_rows(self, decoders, importance, tmp_path, method):
+        result = self.prune(decoders("llama"), tmp_path, importance=importance, mlp_method=method)
+        found = result.plan.how["removed_output_energy"]["decoder"]
+        others = {"untrained"} if method == "prunenet" else set()
+        assert set(found) == {method, "activation", "expected_of_random"} | others
+        assert found["activation"]["mean"] < found[method]["mean"] <= found[method]["worst"] < 1
+        table = prune_table(result)
+        assert f"{found[method]['mean']:.1%}  (decoder, {method} rows" in table
+        assert f"{found['activation']['mean']:.1%}  (decoder, activation rows" in table
+        assert "50.0%  (decoder, random rows in the mean)" in table
+
+    def test_rows_of_prunenet_are_nearly_as_good_as_those_by_activation(self, decoders, importance, tmp_path):
+        result = self.prune(decoders("llama"), tmp_path, importance=importance, mlp_method="prunenet")
+        found = result.plan.how["removed_output_energy"]["decoder"]
+        assert found["prunenet"]["mean"] < 1.2 * found["activation"]["mean"] < found["untrained"]["mean"]
+
+    def test_where_channels_were_not_measured_the_table_says_so(self, decoders, importance, tmp_path):
+        for given in (None, of_an_older_version(importance, tmp_path)):
+            result = self.prune(decoders("llama"), tmp_path, importance=given, mlp_method="magnitude")
+            assert "removed_output_energy" not in result.plan.how
+            assert "not measured  (decoder" in prune_table(result)
+
+    def test_layers_alone_need_no_measurements(self, decoders, importance, tmp_path):
+        older = of_an_older_version(importance, tmp_path)
+        result = pipeline.prune(decoders("llama"), tmp_path / "no", importance=older, num_drop=1, dry_run=True)
+        assert "output that goes" not in prune_table(result)
+
+    def test_a_warning_where_random_rows_would_be_better(self, decoders, importance, tmp_path, caplog):
+        """Magnitude does not know that the rows which it takes are those in use."""
+        source, file = decoders("llama"), tmp_path / "importance.json"
+        kept = self.prune(source, tmp_path, importance=importance, mlp_method="magnitude").plan.mlp_keep
+        rms = {str(layer): torch.ones(128).index_fill(0, torch.tensor(rows), 0.1) for layer, rows in enumerate(kept)}
+        save_file(rms, activations_file(file))
+        record = json.loads(importance.read_text()) | {"activations_sha256": sha256_file(activations_file(file))}
+        file.write_text(json.dumps(record))
+        for method, warned in (("magnitude", True), ("activation", False), ("random", False)):
+            caplog.clear()
+            self.prune(source, tmp_path, importance=file, mlp_method=method)
+            assert ("Warning: magnitude rows take" in caplog.text) == warned == bool(caplog.text)
+
+
+def test_a_decoder_that_cannot_be_narrowed_is_analyzed_all_the_same(tmp_path):
+    source, texts = make_checkpoint(tmp_path / "source", "phi"), tmp_path / "texts.txt"
+    texts.write_text("a b c\n")
+    pipeline.analyze_to_file(source, texts, tmp_path / "i.json")
+    assert load_file(activations_file(tmp_path / "i.json")) == {}
+    pipeline.prune(source, tmp_path / "no", importance=tmp_path / "i.json", num_drop=1, dry_run=True)
+    with pytest.raises(EvlaError, match="only gated MLPs can be narrowed"):
+        pipeline.prune(source, tmp_path / "no", importance=tmp_path / "i.json", mlp_prune_ratio=0.5)
+
+
 class TestRefused:
     def prune(self, source, importance, tmp_path):
         pipeline.prune(source, tmp_path / "no", importance=importance, mlp_prune_ratio=0.5, mlp_method="activation")
 
-    def test_without_measurements(self, decoders, text_samples, tmp_path):
-        file = tmp_path / "importance.json"
-        pipeline.analyze_to_file(decoders("llama"), text_samples, file)
-        for given in (file, None):
-            with pytest.raises(EvlaError, match="--activations"):
-                self.prune(decoders("llama"), given, tmp_path)
+    def test_without_measurements(self, decoders, importance, tmp_path):
+        with pytest.raises(EvlaError, match="needs --importance from evla analyze"):
+            self.prune(decoders("llama"), None, tmp_path)
+        with pytest.raises(EvlaError, match=r"holds no activations.* run evla analyze again"):
+            self.prune(decoders("llama"), of_an_older_version(importance, tmp_path), tmp_path)
 
     def test_a_file_that_is_missing_or_of_another_run(self, decoders, importance, tmp_path):
         file = shutil.copy(importance, tmp_path / "importance.json")

@@ -450,8 +450,17 @@ CASES: dict[str, tuple[str, str] | tuple[str, str, Change]] = {
     ),
     "activation without importance": (
         "prune run out --mlp-prune-ratio 0.5 --mlp-method activation",
-        "needs --importance from evla analyze --activations",
+        "needs --importance from evla analyze of this checkpoint",
     ),
+    "prunenet without importance": (
+        "prune run out --mlp-prune-ratio 0.5 --mlp-method prunenet",
+        "needs --importance from evla analyze of this checkpoint",
+    ),
+    "the rows' default without importance": (
+        "prune run out --mlp-prune-ratio 0.5",
+        "needs --importance from evla analyze of this checkpoint",
+    ),
+    "activations, which are always measured": (f"{ANALYZE} --activations", "No such option '--activations'"),
     "negative seed": ("prune run out --mlp-prune-ratio 0.5 --seed -1", "is not in the range"),
     # Outputs
     "existing output": (DROP, "out already exists. Pass --overwrite", make_directory("out")),

@@ -223,7 +223,7 @@ class TestRun:
         assert lines[1].strip().startswith("10 samples; the layers that do least: ")
         dropped = ", ".join(map(str, plan["dropped_layers"]))
         assert f"6 -> 4 layers (without {dropped}), MLP width 128 -> 64 (50.0% go, not 30.0%: widths are" in printed
-        assert "dino 3 -> 3 blocks (without none), MLP width 128 -> 64 (50.0% go, not 30.0%" in printed
+        assert "dino 3 blocks, MLP width 128 -> 64 (50.0% go, not 30.0%" in printed
         assert "bootstrap resamples" in printed
         for name, (before, after) in report["vision_final_rms"].items():
             verb = "brings" if after < before else "does not bring"

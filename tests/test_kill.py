@@ -33,7 +33,7 @@ RECIPE = {
     "export": {"settings": {"visual_tokens": {"num_keep": 8}}},
 }
 RUN = ("run", "recipe.yaml", "--quiet")
-INPUTS = {"run", "samples", "importance.json", "recipe.yaml"}
+INPUTS = {"run", "samples", "importance.json", "importance.activations.safetensors", "recipe.yaml"}
 Before = Callable[[], object]
 
 

@@ -322,7 +322,7 @@ def test_few_frames_do_not_make_the_demos_actions_worse(frames, tmp_path):
     from evla_cli.runtime.policy import policy_from_checkpoint
 
     fit, unseen = frames
-    pipeline.analyze_to_file(DEMO, fit, tmp_path / "importance.json", with_activations=True)
+    pipeline.analyze_to_file(DEMO, fit, tmp_path / "importance.json")
     recipe = {"importance": tmp_path / "importance.json", "num_drop": 3, "mlp_prune_ratio": 0.25}
     samples, errors = load_samples(unseen, "image"), {}
     reference = predict_samples(policy_from_checkpoint(DEMO, dtype=torch.float32), samples)

@@ -31,7 +31,8 @@ torch.set_num_threads(int(os.environ["THREADS"]))
 source, samples, out = sys.argv[1:]
 for arguments in (
     ["analyze", source, "--samples", samples, "-o", f"{out}/importance.json", "--num-samples", "4"],
-    ["prune", source, f"{out}/pruned", "--drop-layer-ids", "3,4,5,6,7,8,9", "--mlp-prune-ratio", "0.25"],
+    ["prune", source, f"{out}/pruned", "--drop-layer-ids", "3,4,5,6,7,8,9", "--mlp-prune-ratio", "0.25",
+     "--importance", f"{out}/importance.json", "--mlp-method", "prunenet"],
     ["export", f"{out}/pruned", f"{out}/bundle", "--num-visual-tokens", "14", "--dtype", "float16"],
 ):
     cli(arguments, standalone_mode=False)
@@ -148,7 +149,7 @@ def test_recipe_is_resolved(manifest):
             "drop_layer_ids": [4],
             "protect_first": 2,
             "mlp_prune_ratio": 0.5,
-            "mlp_method": "prunenet",
+            "mlp_method": "activation",
             "seed": 7,
         },
         "export": {"dtype": "bfloat16", "max_shard_size": "400000"},

@@ -63,7 +63,8 @@ def test_nothing_runs_twice(done):
 
 
 def test_outputs_stand_where_the_documentation_says(done):
-    assert {path.name for path in done.out.iterdir()} == {"importance.json", "pruned", "bundle", "run.json"}
+    written = {"importance.json", "importance.activations.safetensors", "pruned", "bundle", "run.json"}
+    assert {path.name for path in done.out.iterdir()} == written
     state = json.loads((done.out / "run.json").read_text())
     assert state["schema_version"] == 1
     assert set(state["stages"]) == {"analyze", "prune", "export"}

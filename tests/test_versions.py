@@ -40,7 +40,7 @@ def test_no_command_calls_what_a_library_means_to_drop(cogact_run, image_samples
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
-        evla("analyze", cogact_run, *samples, "--activations", "-o", tmp_path / "i.json")
+        evla("analyze", cogact_run, *samples, "-o", tmp_path / "i.json")
         options = ("--importance", tmp_path / "i.json", "--drop-layers", 1, "--mlp-prune-ratio", 0.5)
         evla("prune", cogact_run, tmp_path / "pruned", *options, "--mlp-method", "activation")
         for name, tokens in (("evla", "{num_keep: 7, num_key: 2}"), ("vla_cache", "{method: vla_cache}")):

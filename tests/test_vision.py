@@ -53,7 +53,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def importance(run, image_samples, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("importance") / "importance.json"
-    pipeline.analyze_to_file(run, image_samples, file, batch_size=2, with_activations=True)
+    pipeline.analyze_to_file(run, image_samples, file, batch_size=2)
     return file
 
 
@@ -236,8 +236,9 @@ class TestPrune:
                 expected = top_rows(activation_scores(channels[f"{name}.{layer}"], fc2), num_kept)
                 assert list(rows) == expected.tolist()
             assert stack.mlp_keep[-1] == tuple(range(num_kept))  # of the block that never runs
-        shares = plan.how["vision_removed_score_share"]
-        assert all(each["activation"] < each["random"] for each in shares.values())
+        energies = plan.how["removed_output_energy"]
+        assert set(energies) == {"dino", "siglip"}
+        assert all(each["activation"]["mean"] < each["expected_of_random"] for each in energies.values())
 
     @pytest.mark.parametrize("method", ["magnitude", "random"])
     def test_rows_without_measurements(self, run, tmp_path, method):
@@ -317,9 +318,7 @@ class TestPrune:
         settings = pipeline.settings_with(None)
         pipeline.export(pruned, tmp_path / "bundle", settings)
         pipeline.export(run, tmp_path / "dense", settings)
-        pipeline.analyze_to_file(
-            tmp_path / "dense", image_samples, tmp_path / "i.json", batch_size=2, with_activations=True
-        )
+        pipeline.analyze_to_file(tmp_path / "dense", image_samples, tmp_path / "i.json", batch_size=2)
         pipeline.prune(tmp_path / "dense", tmp_path / "again", importance=tmp_path / "i.json", vision=PRUNED)
         pipeline.export(tmp_path / "again", tmp_path / "other", settings)
         verify_bundle(tmp_path / "bundle")
@@ -562,14 +561,16 @@ class TestRefused:
         with pytest.raises(EvlaError, match=message):
             pipeline.prune(run, tmp_path / "no", importance=importance, vision=options)
 
-    def test_without_measurements(self, run, image_samples, importance, tmp_path):
+    def test_without_measurements(self, run, importance, tmp_path):
         with pytest.raises(EvlaError, match="needs --importance"):
             pipeline.prune(run, tmp_path / "no", vision=VisionOptions(1))
         with pytest.raises(EvlaError, match="needs --importance"):
             pipeline.prune(run, tmp_path / "no", vision=VisionOptions(0, 0.3))
-        pipeline.analyze_to_file(run, image_samples, tmp_path / "plain.json")
-        with pytest.raises(EvlaError, match="--activations"):
-            pipeline.prune(run, tmp_path / "no", importance=tmp_path / "plain.json", vision=VisionOptions(0, 0.3))
+        record = json.loads(importance.read_text())
+        del record["activations_sha256"]
+        (tmp_path / "older.json").write_text(json.dumps(record))
+        with pytest.raises(EvlaError, match="run evla analyze again"):
+            pipeline.prune(run, tmp_path / "no", importance=tmp_path / "older.json", vision=VisionOptions(0, 0.3))
 
     @pytest.mark.parametrize(
         ("arguments", "message"), [((-1,), "must not be negative"), ((0, 1.0), r"in \[0, 1\), got 1")]

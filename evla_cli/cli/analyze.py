@@ -35,9 +35,6 @@ Examples:
 @click.option("--dtype", type=DTYPE_CHOICE, default="float32", show_default=True, help="To compute in.")
 @click.option("--memory-budget", metavar="SIZE", help="For hidden states, such as 2GiB; more go to a temporary file.")
 @click.option(
-    "--activations", "with_activations", is_flag=True, help="Also measure MLP channels, for --mlp-method activation."
-)
-@click.option(
     "--position-weight",
     "weights",
     type=KindWeight(),
@@ -57,7 +54,6 @@ def command(
     batch_size: int,
     dtype: str,
     memory_budget: str | None,
-    with_activations: bool,
     weights: tuple[tuple[str, float], ...],
     figures: Path | None,
     device: str,
@@ -74,8 +70,8 @@ def command(
     cognition token alone. The total counts every position once, as the paper does, unless --position-weight says
     otherwise.
 
-    With --activations, importance.activations.safetensors is written beside importance.json: how large every MLP
-    channel is on the samples (root mean square). Pruning at another ratio needs no new analysis.
+    importance.activations.safetensors is written beside importance.json: how large every MLP channel is on the samples
+    (root mean square), by which evla prune chooses rows. Pruning at another ratio needs no new analysis.
 
     Processes that torchrun starts share the samples; the first of them writes and prints.
     """
@@ -97,7 +93,6 @@ def command(
             device=own_device,
             dtype=dtype,
             memory_budget=memory_budget,
-            with_activations=with_activations,
             weights=dict(weights),
             figures=figures,
             overwrite=overwrite,

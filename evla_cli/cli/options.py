@@ -63,7 +63,7 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(command)
 
 
-METHOD_CHOICE = click.Choice(["prunenet", "activation", "magnitude", "random"])
+METHOD_CHOICE = click.Choice(["activation", "prunenet", "magnitude", "random"])
 VISION_METHOD_CHOICE = click.Choice(["activation", "magnitude", "random"])
 LAYER_METHOD_CHOICE = click.Choice(["cosine", "iterative", "refit-aware"])
 OBJECTIVE_CHOICE = click.Choice(["hidden", "action"])

@@ -74,7 +74,14 @@ Examples:
     show_default=True,
     help="Fraction of MLP width removed; what stays is rounded to a multiple of 64 (narrow MLPs: less).",
 )
-@click.option("--mlp-method", type=METHOD_CHOICE, default="prunenet", show_default=True, help="How rows are chosen.")
+@click.option(
+    "--mlp-method",
+    type=METHOD_CHOICE,
+    default="activation",
+    show_default=True,
+    help="How rows are chosen. activation: those that put out most on the samples of evla analyze. prunenet: by a "
+    "policy that is trained to keep the output, for the paper's recipes. Both need --importance.",
+)
 @click.option(
     "--vision-drop-layers",
     type=click.IntRange(min=0),

@@ -90,13 +90,7 @@ def prune_table(result: "PruneResult") -> str:
         f"parameters       {before / 1e6:,.2f} M -> {after / 1e6:,.2f} M  ({after / before:.1%})",
         f"weights on disk  {result.bytes_after / 1e6:,.1f} MB",
     ]
-    for name, distance in plan.how.get("mean_ks_distance", {}).items():
-        lines.append(f"KS distance      {distance:.4f}  ({name} rows)")
-    for name, share in plan.how.get("removed_score_share", {}).items():
-        lines.append(f"score removed    {share:.1%}  ({name} rows)")
-    for tower, shares in plan.how.get("vision_removed_score_share", {}).items():
-        for name, share in shares.items():
-            lines.append(f"score removed    {share:.1%}  ({tower}, {name} rows)")
+    lines += _energy_lines(plan)
     refit = plan.how.get("refit_report")
     if refit:
         lines.append(refit_table(refit))
@@ -106,10 +100,17 @@ def prune_table(result: "PruneResult") -> str:
 def _tower_lines(plan: PrunePlan) -> list[str]:
     lines = []
     for name, tower in plan.vision.items():
-        blocks, dropped = f"{tower.num_layers} -> {len(tower.keep_layers)}", ", ".join(map(str, tower.dropped_layers))
         width = _widths(tower, plan.how.get("vision_mlp_prune_ratio"))
-        lines.append(f"{name:16} {blocks} blocks (without {dropped or 'none'}), MLP width {width}")
+        lines.append(f"{name:16} {_depths(tower, 'blocks')}, MLP width {width}")
     return lines
+
+
+def _depths(stack: StackPlan, noun: str) -> str:
+    """Before and after, and which go."""
+    if not stack.dropped_layers:
+        return f"{stack.num_layers} {noun}"
+    dropped = ", ".join(map(str, stack.dropped_layers))
+    return f"{stack.num_layers} -> {len(stack.keep_layers)} {noun} (without {dropped})"
 
 
 def _widths(stack: StackPlan, asked: float | None) -> str:
@@ -133,13 +134,30 @@ def stage_verdicts(stage: str, output: Path) -> list[str]:
 
 def plan_verdicts(plan: PrunePlan) -> list[str]:
     """What goes, how sure that is, and whether refit helped."""
-    dropped = ", ".join(map(str, plan.dropped_layers)) or "none"
     width = _widths(plan, plan.how.get("mlp_prune_ratio"))
-    lines = [f"{plan.num_layers} -> {len(plan.keep_layers)} layers (without {dropped}), MLP width {width}"]
+    lines = [f"{_depths(plan, 'layers')}, MLP width {width}"]
     lines += [" ".join(line.split()) for line in _tower_lines(plan)]
     stable, refit = plan.how.get("stability"), plan.how.get("refit_report")
     lines += [stability_note(stable).partition(' "dropped in"')[0]] if stable else []
     return lines + (refit_verdicts(refit) if refit else [])
+
+
+def _energy_lines(plan: PrunePlan) -> list[str]:
+    """What share of the output's energy goes with the rows of each stack, beside other ways of choosing them."""
+    energies = plan.how.get("removed_output_energy", {})
+    lines = []
+    for stack in [name for name, each in ({"decoder": plan} | plan.vision).items() if each.mlp_keep]:
+        energy = energies.get(stack)
+        if energy is None:
+            lines.append(f"output that goes not measured  ({stack}; --importance measures it)")
+            continue
+        for name, share in energy.items():
+            if name == "expected_of_random":
+                lines.append(f"output that goes {share:.1%}  ({stack}, random rows in the mean)")
+            else:
+                worst = f"at most {share['worst']:.1%}, in layer {share['worst_layer']}"
+                lines.append(f"output that goes {share['mean']:.1%}  ({stack}, {name} rows; {worst})")
+    return lines
 
 
 def _scores(plan: PrunePlan) -> dict[int, float]:

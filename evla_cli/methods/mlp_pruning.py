@@ -54,7 +54,7 @@ def magnitude_scores(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def activation_scores(channel_rms: Tensor, down: Tensor) -> Tensor:
     """What a unit adds to the block's output: its root mean square on calibration samples (F), seen at the input of
     down (D, F), times the norm of its column -> (F), float64."""
-    return channel_rms.double() * _column_norms(down)
+    return channel_rms.double() * column_norms(down)
 
 
 def channel_energy(inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
@@ -108,7 +108,7 @@ def row_norms(matrix: Tensor) -> Tensor:
     return torch.cat([piece.double().square().sum(dim=1) for piece in matrix.split(64)]).sqrt()
 
 
-def _column_norms(matrix: Tensor) -> Tensor:
+def column_norms(matrix: Tensor) -> Tensor:
     squares = torch.zeros(matrix.shape[1], dtype=torch.float64)
     for piece in matrix.split(64):
         squares += piece.double().square().sum(dim=0)

@@ -81,5 +81,5 @@ class TowerMeter:
 
 
 def channel_name(tower: str, block: int) -> str:
-    """What a block's channels are called in the file of `evla analyze --activations`."""
+    """What a block's channels are called in the file that `activations_file` names."""
     return f"{tower}.{block}"

@@ -53,7 +53,7 @@ def plan_towers(
 
     Args:
         scores: tower -> its blocks that run; needed to drop any.
-        read_rms: needed for rows by activation.
+        read_rms: needed for rows by activation, and to say what goes with any; None: not measured.
     """
     if not options.any:
         return {}, {}
@@ -74,10 +74,10 @@ def plan_towers(
         "vision_importance": {name: [score.importance for score in blocks] for name, blocks in scores.items()} or None,
     }
     if options.mlp_prune_ratio:
-        shares = {}
+        energies = {}
         for name, stack in towers.items():
-            towers[name], shares[name] = _with_rows(checkpoint, name, stack, options.mlp_method, read_rms, seed)
-        facts |= {"vision_removed_score_share": shares} if any(shares.values()) else {}
+            towers[name], energies[name] = _with_rows(checkpoint, name, stack, options.mlp_method, read_rms, seed)
+        facts |= {"removed_output_energy": energies} if all(energies.values()) else {}
     return towers, facts
 
 
@@ -113,8 +113,8 @@ def foreseen_towers(
 
 def _with_rows(
     checkpoint: Checkpoint, name: str, stack: StackPlan, method: str, read_rms: ReadRms | None, seed: int
-) -> tuple[StackPlan, dict[str, float]]:
-    """The plan with its rows chosen, and the share of the squared scores that went.
+) -> tuple[StackPlan, dict[str, Any] | None]:
+    """The plan with its rows chosen, and what goes with the others, where that was measured.
 
     The last block keeps its first rows: it never runs.
     """
@@ -136,9 +136,9 @@ def _with_rows(
         stack.kept_intermediate_size,
         None if read_rms is None else read,
     )
-    chosen, facts = select_channels(method, mlps, seed)
+    choice = select_channels(method, mlps, seed)
     unused = tuple(range(stack.kept_intermediate_size))
-    return replace(stack, mlp_keep=(*chosen, unused)), facts.get("removed_score_share", {})
+    return replace(stack, mlp_keep=(*choice.rows, unused)), choice.removed_energy
 
 
 def check_towers(towers: Mapping[str, StackPlan], checkpoint: Checkpoint) -> None:
