@@ -59,7 +59,7 @@ def test_what_stands_in_it_is_what_the_bundle_does(bundle):
 
 def test_manifest_does_not_know_it(bundle, cogact_run, tmp_path):
     """So that a manifest's bytes are the same wherever the bundle is made."""
-    text = evla("export", cogact_run, tmp_path / "b", "--num-visual-tokens", 8, "--no-act")
+    text = evla("export", cogact_run, tmp_path / "b", "--num-visual-tokens", 8, "--cache-interval", 5, "--no-act")
     assert text.endswith("verified, but for acting.\n")
     assert not (tmp_path / "b/check.json").exists()
     assert (tmp_path / "b/manifest.json").read_bytes() == (bundle / "manifest.json").read_bytes()

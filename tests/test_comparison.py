@@ -67,7 +67,7 @@ def change_yaml(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_a_bundle_made_again_is_the_same(bundle, cogact_run, tmp_path):
-    settings = pipeline.settings_with(None, visual_tokens={"num_keep": 8})
+    settings = pipeline.settings_with(None, visual_tokens={"num_keep": 8}, action_cache={"interval": 5})
     pipeline.export(cogact_run, tmp_path / "again", settings)
     assert differences(bundle, tmp_path / "again") == []
     result = verify(bundle, tmp_path / "again")
@@ -171,7 +171,7 @@ def test_another_dtype_is_compared_by_value(bundle, copy):
 
 
 def test_other_shards_of_the_same_tensors_are_other_files(bundle, cogact_run, tmp_path):
-    settings = pipeline.settings_with(None, visual_tokens={"num_keep": 8})
+    settings = pipeline.settings_with(None, visual_tokens={"num_keep": 8}, action_cache={"interval": 5})
     pipeline.export(cogact_run, tmp_path / "shards", settings, max_shard_size="500KB")
     found = differences(bundle, tmp_path / "shards")
     assert {d["kind"] for d in found} == {"manifest", "file"}
