@@ -224,7 +224,8 @@ class TestRun:
         dropped = ", ".join(map(str, plan["dropped_layers"]))
         assert f"6 -> 4 layers (without {dropped}), MLP width 128 -> 64 (50.0% go, not 30.0%: widths are" in printed
         assert "dino 3 blocks, MLP width 128 -> 64 (50.0% go, not 30.0%" in printed
-        assert "bootstrap resamples" in printed
+        assert "bootstrap resamples of the samples choose the other of the two.\n" in printed
+        assert "output that goes" in printed
         for name, (before, after) in report["vision_final_rms"].items():
             verb = "brings" if after < before else "does not bring"
             assert f"Refit {verb} the features of {name} nearer" in printed

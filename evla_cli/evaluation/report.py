@@ -82,7 +82,7 @@ def prune_table(result: "PruneResult") -> str:
     before, after = result.parameters_before, result.parameters_after
     lines = [
         table([*header, *(["dropped in"] if stable else [])], rows),
-        *([] if stable is None else [stability_note(stable)]),
+        *([] if stable is None else [f"{stability_note(stable)} 'dropped in': the share in which a layer goes."]),
         f"decoder layers   {plan.num_layers} -> {len(plan.keep_layers)}",
         f"MLP width        {_widths(plan, plan.how.get('mlp_prune_ratio'))}"
         + (f"  ({plan.how['mlp_method']})" if plan.mlp_keep else ""),
@@ -138,7 +138,8 @@ def plan_verdicts(plan: PrunePlan) -> list[str]:
     lines = [f"{_depths(plan, 'layers')}, MLP width {width}"]
     lines += [" ".join(line.split()) for line in _tower_lines(plan)]
     stable, refit = plan.how.get("stability"), plan.how.get("refit_report")
-    lines += [stability_note(stable).partition(' "dropped in"')[0]] if stable else []
+    lines += [stability_note(stable)] if stable else []
+    lines += [" ".join(line.split()) for line in _energy_lines(plan)]
     return lines + (refit_verdicts(refit) if refit else [])
 
 
@@ -176,8 +177,7 @@ def stability_note(stable: dict[str, Any]) -> str:
     verdict = "is sure" if stable["told_apart"] else "is not sure"
     return (
         f"That layer {last} goes rather than layer {first} {verdict}: {share:.1%} of {stable['num_resamples']} "
-        "bootstrap resamples of the samples choose the other of the two. 'dropped in': the share of resamples in "
-        "which a layer goes."
+        "bootstrap resamples of the samples choose the other of the two."
     )
 
 
