@@ -63,7 +63,7 @@ out/demo-samples/samples.jsonl: | $(VENV)/.metaworld
 # At most 240 seconds of CPU, 120 s on two idle cores. What takes longer gets faster, or is for test-slow if a quick test
 # covers the same promise; a process comes from the fixture quick_python or processes.py, and not with its own imports.
 test: $(STAMP)  ## The test suite (minutes); names the 15 slowest tests
-	$(BIN)/python -m pytest -m 'not slow and not fuzz' -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m 'not slow and not fuzz' -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 # What computes, by all its paths: the runtime under every setting, pruning, every command, the demo's actions.
 VERSION_TESTS := $(addprefix tests/test_,versions.py models.py golden.py policy.py frame_cache.py visual_tokens.py \

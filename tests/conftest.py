@@ -30,6 +30,15 @@ forkserver.set_forkserver_preload(PRELOADED)
 forkserver.set_forkserver_preload = lambda modules: None
 
 
+# Handed out first, so that no process is left with one of them when the others are done.
+LONG_FILES = ["eval", "families", "outputs", "run", "reproducible", "report", "decoder_types", "vision", "system"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    long = {f"test_{name}.py": number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: long.get(item.path.name, len(long)))
+
+
 def pytest_collection_finish() -> None:
     import frozen  # noqa: F401
     import torch

@@ -59,6 +59,7 @@ def test_nothing_is_built_twice_and_the_bundle_is_the_published_one(make, reposi
     assert "out/compressed/bundle and published are the same" in output
 
 
+@pytest.mark.slow
 def test_a_change_rebuilds_what_depends_on_it_and_fails_the_check(make, repository):
     recipe = repository / "ci/recipe.yaml"
     before = recipe.read_text()

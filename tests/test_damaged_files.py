@@ -290,7 +290,7 @@ def test_readme_of_a_bundle_is_not_that_of_its_pruned_copy(bundle, tmp_path):
 
 def test_recipe_whose_ratio_rounds_to_nothing_is_refused_before_it_runs(cogact_run, tmp_path):
     recipe = {"schema_version": 1, "source": str(cogact_run), "output": "out"}
-    recipe["prune"] = {"drop_layer_ids": [4], "mlp_prune_ratio": 0.1}
+    recipe["prune"] = {"drop_layer_ids": [4], "mlp_prune_ratio": 0.1, "mlp_method": "magnitude"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(EvlaError, match="removes none of 128 channels"):
         run_recipe(tmp_path / "recipe.yaml")

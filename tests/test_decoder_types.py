@@ -73,7 +73,7 @@ def test_a_final_norm_may_have_any_name(kind: str, tmp_path: Path):
         torch.testing.assert_close(stream.load_last_parts()(batch.hidden_states), wanted)
 
 
-@pytest.mark.parametrize("kind", ["phi", "bamba"])
+@pytest.mark.parametrize("kind", ["phi", pytest.param("bamba", marks=pytest.mark.slow)])
 def test_layers_that_give_tuples_are_chosen_by_samples(kind: str, tmp_path: Path):
     source = make_checkpoint(tmp_path / "source", kind)
     pico.write_text_samples(tmp_path / "texts.jsonl")

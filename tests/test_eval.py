@@ -80,6 +80,7 @@ def test_the_log_is_what_the_policies_do(whole, cogact_run, bundle):
     assert {line["success"] for line in done} == {True, False}
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(listed, whole, tmp_path):
     record = evla_json("eval", listed, *SUITE, "-o", tmp_path / "log.jsonl", "--workers", 2)
     assert episodes(tmp_path / "log.jsonl") == episodes(whole)

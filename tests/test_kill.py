@@ -214,7 +214,7 @@ def kill_at_random(scene: Scene, count: int) -> None:
     raise AssertionError(f"Only {scene.killed()} of {4 * count} runs were killed before they ended.")
 
 
-@scenes(1024, ["prune, overwriting", "run"])
+@scenes(1024, ["prune, overwriting"])
 def test_a_few_random_instants(scene):
     kill_at_random(scene, 2)
 

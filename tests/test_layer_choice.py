@@ -380,10 +380,8 @@ def test_files_of_older_versions_still_choose(decoders, text_samples, tmp_path):
 # What must hold for all of them
 
 
-@pytest.mark.parametrize(
-    ("method", "objective"),
-    [pytest.param(*names, marks=() if names == ("iterative", "hidden") else pytest.mark.slow) for names in RUN_METHODS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "objective"), RUN_METHODS)
 def test_batches_budgets_and_threads_do_not_matter(cogact_run, image_samples, tmp_path, method, objective):
     def run(**options):
         return choose(cogact_run, image_samples, tmp_path / "out", method, objective, **options)

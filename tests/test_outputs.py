@@ -95,7 +95,7 @@ def test_a_signal_stops_at_once_and_leaves_nothing(work, command, number):
     stopped(work, COMMANDS[command], number, halt, halt.reached)
 
 
-@pytest.mark.parametrize("obstacle", ["stuck_in_a_library", "deaf"])
+@pytest.mark.parametrize("obstacle", ["stuck_in_a_library", pytest.param("deaf", marks=pytest.mark.slow)])
 def test_a_signal_stops_what_does_not_listen(work, obstacle):
     def is_stuck(evla: Evla) -> None:
         wait_for(lambda: list(work.glob(".out.partial/*/*.pt")))

@@ -460,6 +460,7 @@ def test_inputs_of_another_checkpoint_are_told(made, image_samples, tmp_path):
     assert (tmp_path / "report" / "trajectories.png").exists()
 
 
+@pytest.mark.slow
 def test_texts_are_shown_as_they_are(made, image_samples, tmp_path):
     """Markup, formulas, letters that the font lacks; an image that is not square."""
     samples = tmp_path / "samples"

@@ -32,7 +32,7 @@ source, samples, out = sys.argv[1:]
 for arguments in (
     ["analyze", source, "--samples", samples, "-o", f"{out}/importance.json", "--num-samples", "4"],
     ["prune", source, f"{out}/pruned", "--drop-layer-ids", "3,4,5,6,7,8,9", "--mlp-prune-ratio", "0.25",
-     "--importance", f"{out}/importance.json", "--mlp-method", "prunenet"],
+     "--importance", f"{out}/importance.json"],
     ["export", f"{out}/pruned", f"{out}/bundle", "--num-visual-tokens", "14", "--dtype", "float16"],
 ):
     cli(arguments, standalone_mode=False)
@@ -106,7 +106,7 @@ def project(cogact_run, image_samples, tmp_path_factory) -> Path:
         "source": str(cogact_run),
         "output": "out",
         "analyze": {"samples": str(image_samples), "num_samples": 4, "batch_size": 2},
-        "prune": {"drop_layers": 2, "drop_layer_ids": [4], "mlp_prune_ratio": 0.5, "seed": 7},
+        "prune": {"drop_layers": 2, "drop_layer_ids": [4], "mlp_prune_ratio": 0.5, "mlp_method": "prunenet", "seed": 7},
         "export": {"dtype": "bfloat16", "max_shard_size": "0.4MB", "settings": {"visual_tokens": {"num_keep": 8}}},
     }
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -149,7 +149,7 @@ def test_recipe_is_resolved(manifest):
             "drop_layer_ids": [4],
             "protect_first": 2,
             "mlp_prune_ratio": 0.5,
-            "mlp_method": "activation",
+            "mlp_method": "prunenet",
             "seed": 7,
         },
         "export": {"dtype": "bfloat16", "max_shard_size": "400000"},
@@ -172,7 +172,7 @@ def test_two_ways_to_say_the_same_give_the_same_bytes(project, cogact_run, tmp_p
     importance = project / "importance.json"
     pipeline.prune(
         cogact_run, tmp_path / "pruned", importance=importance, num_keep=4, drop_ids=[4, 4], protect_first=2,
-        mlp_prune_ratio=0.5, seed=7,
+        mlp_prune_ratio=0.5, mlp_method="prunenet", seed=7,
     )  # fmt: skip
     assert files(tmp_path / "pruned") == files(project / "pruned")
     settings = pipeline.settings_with(project / "bundle/inference.yaml")

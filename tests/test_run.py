@@ -76,6 +76,7 @@ def test_changed_export_option_exports_again(done):
     assert done.run() == ["export"]
 
 
+@pytest.mark.slow
 def test_changed_prune_option_prunes_and_exports_again(done):
     done.recipe["prune"]["drop_layers"] = 2
     assert done.run() == ["prune", "export"]

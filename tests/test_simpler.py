@@ -255,6 +255,7 @@ def test_what_it_executes_is_its_own_matter(with_simpler, robot_run):
     assert error == "Error: --execute: this suite decides itself which actions of a chunk it executes; leave it out.\n"
 
 
+@pytest.mark.slow
 def test_statistics_are_each_robots_unless_told_otherwise(with_simpler, robot_run, cogact_run):
     log = with_simpler / "log.jsonl"
     options = ("--suite", "simpler", "-o", log, "--tasks", "widowx_stack_cube", "--episodes", 1)

@@ -322,6 +322,7 @@ class TestReadAhead:
         digests = ReadAheadHash(files, known={files[0]: "known"}).digests()
         assert digests == {files[0]: "known", files[1]: hashlib.sha256(files[1].read_bytes()).hexdigest()}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("warm", [False, True])
     def test_leaves_the_page_cache_as_it_was(self, tmp_path, warm):
         """What was not in it is dropped behind the work, what was in it stays; the values are the same."""

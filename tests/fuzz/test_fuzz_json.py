@@ -40,7 +40,7 @@ export: {settings: {visual_tokens: {num_keep: 8}}}
 """
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_index(num_cases: int, decoders: Callable[[str], Path], tmp_path: Path, counted: Any) -> None:
     whole = decoders("llama")
     original = load_file(whole / "model.safetensors")
@@ -162,7 +162,7 @@ def test_decoder_config(
 _NOT_KEPT = {"transformers_version", "dtype", "torch_dtype", "architectures", "sliding_window"}
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(700, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(700, marks=pytest.mark.fuzz)])
 def test_bundle_config(num_cases: int, bundle: Path, tmp_path: Path, counted: Any) -> None:
     directory = tmp_path / "bundle"
     shutil.copytree(bundle, directory)
@@ -204,7 +204,7 @@ def _assert_units(prediction: Any, stats: dict[str, Any]) -> None:
         np.testing.assert_allclose(prediction.actions[..., axis], expected, rtol=1e-12, atol=1e-12 * abs(high - low))
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(700, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(700, marks=pytest.mark.fuzz)])
 def test_native_config(num_cases: int, cogact_run: Path, tmp_path: Path, counted: Any) -> None:
     run = tmp_path / "run"
     shutil.copytree(cogact_run, run)
@@ -241,7 +241,7 @@ def test_native_config(num_cases: int, cogact_run: Path, tmp_path: Path, counted
     counted("config.json, native", run_examples("native config", num_cases, st.one_of(texts), case))
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_statistics(num_cases: int, cogact_run: Path, tmp_path: Path, counted: Any) -> None:
     run = tmp_path / "run"
     shutil.copytree(cogact_run, run)
@@ -268,7 +268,7 @@ def test_statistics(num_cases: int, cogact_run: Path, tmp_path: Path, counted: A
     counted("statistics", run_examples("statistics", num_cases, damaged_json(valid), case))
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_importance(num_cases: int, cogact_run: Path, importance_file: Path, tmp_path: Path, counted: Any) -> None:
     path = tmp_path / "importance.json"
     valid = json.loads(importance_file.read_text())
@@ -296,7 +296,7 @@ def test_importance(num_cases: int, cogact_run: Path, importance_file: Path, tmp
     counted("importance.json", run_examples("importance", num_cases, damaged_json(valid), case))
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_manifest(num_cases: int, bundle: Path, tmp_path: Path, counted: Any) -> None:
     directory = tmp_path / "bundle"
     shutil.copytree(bundle, directory)
@@ -319,7 +319,7 @@ def test_manifest(num_cases: int, bundle: Path, tmp_path: Path, counted: Any) ->
     counted("manifest.json", run_examples("manifest", num_cases, damaged_json(valid), case))
 
 
-@pytest.mark.parametrize("num_cases", [4, pytest.param(100, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [3, pytest.param(100, marks=pytest.mark.fuzz)])
 def test_run_state(num_cases: int, cogact_run: Path, image_samples: Path, tmp_path: Path, counted: Any) -> None:
     """Whatever run.json says, what comes out of the next run is what came out of the first, or it is refused."""
     shutil.copytree(cogact_run, tmp_path / "run")
@@ -352,7 +352,7 @@ def _contents(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-@pytest.mark.parametrize("num_cases", [30, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_check(num_cases: int, bundle: Path, tmp_path: Path, counted: Any) -> None:
     valid = json.loads((bundle / "check.json").read_text())
 

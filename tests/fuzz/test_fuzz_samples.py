@@ -152,7 +152,7 @@ def test_text_samples(num_cases: int, tmp_path: Path, counted: Any) -> None:
     counted("texts", run_examples("text samples", num_cases, st.one_of(plain, jsonl), case))
 
 
-@pytest.mark.parametrize("num_cases", [150, pytest.param(2500, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [80, pytest.param(2500, marks=pytest.mark.fuzz)])
 def test_images(num_cases: int, tmp_path: Path, counted: Any) -> None:
     """Also that a picture is refused rather than changed: 16 bits cut to 8, more pixels than there is memory for."""
 
@@ -293,7 +293,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 _LONG_TEXT = _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(200, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(200, marks=pytest.mark.fuzz)])
 def test_image_paths(num_cases: int, bundle: Path, tmp_path: Path, counted: Any) -> None:
     """`evla predict --image`: whatever stands at the path."""
     makers: list[Callable[[Path], Any]] = [

@@ -31,7 +31,7 @@ _STORAGES = ["FloatStorage", "DoubleStorage", "HalfStorage", "BFloat16Storage", 
 _OTHER_STORAGES = ["BoolStorage", "ComplexFloatStorage", "QInt8Storage", "UntypedStorage", "TypedStorage"]
 
 
-@pytest.mark.parametrize("num_cases", [400, pytest.param(5000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [200, pytest.param(5000, marks=pytest.mark.fuzz)])
 def test_torch(num_cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Any) -> None:
     path, copy = tmp_path / "m.pt", tmp_path / "copy.pt"
 

@@ -35,7 +35,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_settings(num_cases: int, policy: Policy, tmp_path: Path, counted: Any) -> None:
     path = tmp_path / "inference.yaml"
     (image,) = pico.images(1)
@@ -61,7 +61,7 @@ def test_settings(num_cases: int, policy: Policy, tmp_path: Path, counted: Any) 
     counted("inference.yaml", run_examples("settings", num_cases, damaged_yaml(SETTINGS), case))
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_recipe(num_cases: int, tmp_path: Path, counted: Any) -> None:
     path = tmp_path / "recipe.yaml"
 
@@ -113,7 +113,7 @@ def _without_absent(record: Any) -> Any:
     return {key: value for key, value in record.items() if value is not None}
 
 
-@pytest.mark.parametrize("num_cases", [20, pytest.param(1000, marks=pytest.mark.fuzz)])
+@pytest.mark.parametrize("num_cases", [12, pytest.param(1000, marks=pytest.mark.fuzz)])
 def test_plan(num_cases: int, cogact_run: Path, tmp_path: Path, counted: Any) -> None:
     options = {"mlp_prune_ratio": 0.5, "mlp_method": "magnitude"}
     valid = pipeline.prune(cogact_run, tmp_path / "out", drop_ids=(3,), dry_run=True, **options).plan.to_record()
