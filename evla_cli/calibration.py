@@ -70,21 +70,21 @@ class Sample:
 
     @cached_property
     def content_sha256(self) -> str:
-        """Of its text, its instruction and its image file, which is read once for it."""
+        """Hash of text, instruction and image file, which is read once for it."""
         digest = hashlib.sha256(json.dumps([self.text, self.instruction], ensure_ascii=False).encode())
         digest.update(self.image_sha256)
         return digest.hexdigest()
 
     @cached_property
     def image_sha256(self) -> bytes:
-        """Nothing where there is no image."""
+        """Hash of the image file; empty where there is none."""
         if self.image_path is None:
             return b""
         return hashlib.sha256(_read_image_file(self.image_path, f"{self.where}: {self.image_path}")).digest()
 
     @property
     def identity_sha256(self) -> str:
-        """Of its content and of the episode it is of, if that is known."""
+        """Hash of the content and of its episode, if that is known."""
         return self.content_sha256 if self.episode is None else _sha256(self.content_sha256, self.episode)
 
 
@@ -156,8 +156,8 @@ def _drawn(name: str) -> str:
 
 
 def hold_out(samples: Sequence[Sample], data: Path) -> tuple[list[Sample], list[Sample]]:
-    """Those that something is fit to, and those that judge the fit: a fifth of every instruction's, at least one in
-    all. Both are sorted by `sort_samples`.
+    """Samples to fit to, and samples that judge the fit: a fifth of every instruction's, at least one in all. Both are
+    sorted by `sort_samples`.
 
     An episode is on one side with all of its samples, and so is an image or a text that is there more than once. Which
     are held out is drawn by a seed, whatever the order of the samples.
@@ -246,7 +246,7 @@ def _judging(samples: Sequence[Sample], groups: list[list[int]]) -> set[int]:
 
 
 def samples_sha256(samples: Sequence[Sample]) -> str:
-    """Of the content of the samples that are used, in order: image files as stored, instructions, texts, episodes."""
+    """Hash of the samples that are used, in order: image files as stored, instructions, texts, episodes."""
     return hashlib.sha256("".join(sample.identity_sha256 for sample in samples).encode()).hexdigest()
 
 
