@@ -28,26 +28,39 @@ _OUT_OF_MEMORY = "CUDA error: out of memory|_STATUS_ALLOC_FAILED|can't allocate 
 
 def build_skeleton(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
     """The model with parameters on the meta device (no memory) and the buffers that no checkpoint holds computed."""
+    model = _build_on_meta(family, config)
+    _compute_buffers(model)
+    return model.eval()
+
+
+def _build_on_meta(family: ModelFamily, config: dict[str, Any]) -> PreTrainedModel:
     with torch.device("meta"):
         model = family.build_model(family.build_config(config))
     drop_weights(model)  # those that were made elsewhere all the same (DiffLlama's lambdas, with random values)
-    _compute_buffers(model)
-    return model.eval()
+    return model
 
 
 def checked_skeleton(family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path) -> PreTrainedModel:
     """`build_skeleton` for a checkpoint from outside. Errors: no model can be built, or its weights do not fit it."""
     check_not_quantized(config, weights, where)
+    with _told_of_config(where):
+        model = _build_on_meta(family, config)
+    needs = _Needs(expected_shapes(model), frozenset(getattr(model, "all_tied_weights_keys", None) or ()))
+    _needs[_key(family, config)] = needs
+    needs.check(weights, where)  # before buffers are computed, whose sizes the config alone decides
+    with _told_of_config(where):
+        _compute_buffers(model)
+    return model.eval()
+
+
+@contextmanager
+def _told_of_config(where: Path) -> Iterator[None]:
     try:
-        model = build_skeleton(family, config)
+        yield
     except Exception as error:  # transformers raises many kinds, all of them about the config
         raise EvlaError(
             f"{where}: no model can be built from its config ({type(error).__name__}: {str(error)[:200]})."
         ) from error
-    needs = _Needs(expected_shapes(model), frozenset(getattr(model, "all_tied_weights_keys", None) or ()))
-    _needs[_key(family, config)] = needs
-    needs.check(weights, where)
-    return model
 
 
 def check_fits(family: ModelFamily, config: dict[str, Any], weights: LazyTensors, where: Path) -> None:
