@@ -297,7 +297,8 @@ def test_no_file_may_grow_so_large(work, command):
         evla = Evla(work, *RUN, before=FileLimit(100_000))
         assert evla.wait() == 2
         assert evla.stderr == "Error: Cannot write out/pruned: File too large. Nothing was left behind.\n"
-        assert {path.name for path in (work / "out").iterdir()} == {"importance.json", "run.json"}
+        analyzed = {"importance.json", "importance.activations.safetensors"}
+        assert {path.name for path in (work / "out").iterdir()} == {*analyzed, "run.json"}
     else:
         refused(work, COMMANDS[command], "Cannot write out: File too large", before=FileLimit(100_000))
 

@@ -21,7 +21,7 @@ from test_policy import literal_pruned_run
 from test_visual_tokens import literal_selection
 
 from evla_cli import pipeline
-from evla_cli.calibration import load_samples
+from evla_cli.calibration import load_samples, spread
 from evla_cli.evaluation import figures, latency
 from evla_cli.evaluation.episode_log import LoggedEpisodes
 from evla_cli.evaluation.flops import count_flops
@@ -408,14 +408,19 @@ def test_a_bundle_alone_knows_its_layers_from_the_plan(made, importance_file, tm
 )
 def test_every_method_is_drawn_by_its_reasons_or_says_why_not(tokens, reasons, cogact_run, image_samples, tmp_path):
     pipeline.export(cogact_run, tmp_path / "out", pipeline.settings_with(None, visual_tokens=tokens))
+    if tokens.get("method") == "vla_cache":
+        image_samples = shutil.copytree(image_samples, tmp_path / "samples")
+        lines = (image_samples / "samples.jsonl").read_text().splitlines()
+        lines = [json.dumps(json.loads(line) | {"episode": 0}) for line in lines]
+        (image_samples / "samples.jsonl").write_text("\n".join(lines))
     evla("report", tmp_path / "out", "--samples", image_samples, "--runs", 0, "-o", tmp_path / "report")
     if isinstance(reasons, str):
         assert reasons in Page(tmp_path / "report" / "index.html").text
         assert not (tmp_path / "report" / "kept_tokens.png").exists()
         return
     found = numbers(tmp_path / "report", "kept_tokens")
-    assert [each["sample"] for each in found["samples"]] == [0, 1, 3]
     samples, policy = load_samples(image_samples, "image"), load_policy(tmp_path / "out")
+    assert [each["sample"] for each in found["samples"]] == sorted(spread(samples)[:3])
     for each in found["samples"]:
         assert {reason: len(kept) for reason, kept in each["kept"].items()} == reasons
         policy.reset()

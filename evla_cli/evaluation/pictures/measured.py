@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evla_cli.calibration import spread
+from evla_cli.calibration import sort_samples, spread
 from evla_cli.evaluation.bench import describe_environment, make_batch
 from evla_cli.evaluation.candidates import Candidate
 from evla_cli.evaluation.fidelity import Predictions, cognition_tokens, predict_from
@@ -125,7 +125,8 @@ def _predict(policy: Policy, cognition: Tensor, inputs: Inputs, other: int) -> P
 
 @torch.inference_mode()
 def _compare_steps(policy: Policy, inputs: Inputs, candidate: Candidate) -> tuple[dict[str, Any], str, int]:
-    samples = [inputs.samples[number] for number in spread(inputs.samples)[:_SIMILARITY_SAMPLES]]
+    # In the order of `analyze --figures`: noise is drawn sample by sample.
+    samples = sort_samples([inputs.samples[number] for number in spread(inputs.samples)[:_SIMILARITY_SAMPLES]])
     tokens = cognition_tokens(policy, samples)
     return denoise_similarity(policy.model.action_head, tokens, inputs.request.seed), candidate.label, len(samples)
 
