@@ -341,15 +341,17 @@ def test_frames_that_say_nothing_change_nothing(tmp_path):
     """Four pictures of noise, and a camera frame that judges: where refit does not bring its cognition token nearer,
     every weight stays, though each layer's own fit brought all its positions nearer."""
     folder, lines = tmp_path / "frames", (FRAMES / "samples.jsonl").read_text().splitlines()
-    folder.mkdir()
-    (folder / "frames").mkdir()
-    samples = [json.loads(line) for line in lines[::12][:4]] + [json.loads(lines[4])]
-    generator = np.random.default_rng(0)
-    for sample in samples[:4]:
-        noise = generator.integers(0, 256, (112, 112, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / sample["image"])
-    shutil.copy(FRAMES / samples[4]["image"], folder / samples[4]["image"])
+    (folder / "frames").mkdir(parents=True)
+    samples = [json.loads(line) for line in lines[5::12]]
+    for sample in samples:
+        shutil.copy(FRAMES / sample["image"], folder / sample["image"])
     (folder / "samples.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    fit_to, judging = hold_out(load_samples(folder, "image"), folder)
+    assert (len(fit_to), len(judging)) == (4, 1)  # of five instructions, which decide, and not the pictures
+    generator = np.random.default_rng(0)
+    for sample in fit_to:
+        noise = generator.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(sample.image_path)
     recipe = {"drop_ids": [6, 7, 8]}
     pipeline.prune(DEMO, tmp_path / "plain", **recipe)
     result = pipeline.prune(DEMO, tmp_path / "refit", refit=RefitOptions(folder), **recipe)

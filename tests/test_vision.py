@@ -480,7 +480,10 @@ class TestRefit:
     ):
         """One image to fit to: single layers come nearer on the other one, its cognition token goes away."""
         vision = VisionOptions(mlp_prune_ratio=0.3, mlp_method="magnitude")
-        options = RefitOptions(image_samples, num_samples=2, last_weight=1.0)
+        lines = (image_samples / "samples.jsonl").read_text().splitlines()
+        samples = shutil.copytree(image_samples, tmp_path / "samples")
+        (samples / "samples.jsonl").write_text(f"{lines[1]}\n{lines[3]}\n")
+        options = RefitOptions(samples, last_weight=1.0)
         result = pipeline.prune(cogact_run, tmp_path / "refit", vision=vision, refit=options)
         pipeline.prune(cogact_run, tmp_path / "plain", vision=vision)
         report = result.plan.how["refit_report"]
